@@ -1,0 +1,82 @@
+"""The values that travel through the bridge, in the order in which they appear.
+
+A `Message` comes in from the broker, the routes turn it into a `Translation` (rows of one table), and what cannot
+be translated or stored becomes a `DeadLetter`. All are immutable. They are tuples rather than dataclasses because
+one of each is made for every message, and a tuple costs a third of a frozen dataclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Stage = Literal["route", "decode", "store"]
+"""Where a message failed: no route took it, its bytes could not be decoded, or PostgreSQL refused its rows."""
+
+Row = tuple[Any, ...]
+"""One row of a table, in the order of the table's columns. A time is an int: microseconds since 1970, UTC."""
+
+
+class Message(NamedTuple):
+    """One PUBLISH as it was received."""
+
+    topic: bytes
+    """Raw bytes: a topic that is not UTF-8 must reach the dead letters, not crash the receiver."""
+    payload: bytes
+    qos: int
+    retain: bool
+    received_us: int
+    """Arrival at the bridge, microseconds since 1970, UTC."""
+    position: int = 0
+    """Unwrapped position in the MQTT session (see `ledger`); 0 for QoS 0, which has none."""
+    fingerprint: bytes = b""
+    """Eight bytes that recognise a redelivery (see `ledger`); empty for QoS 0."""
+    properties: Mapping[str, Any] | None = None
+    """MQTT 5 properties worth keeping, ready for JSON; None where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that rows are copied into: its name and the columns that rows fill, in order."""
+
+    name: str
+    columns: tuple[str, ...]
+
+
+READINGS_COLUMNS = ("time", "device", "metric", "value", "value_text")
+"""Columns of the narrow shape: `(time_us, device, metric, value or None, value_text or None)`."""
+
+
+class Translation(NamedTuple):
+    """What one message means: the rows to store, or the reason why it has none."""
+
+    route: str
+    table: Table
+    rows: list[Row]
+    ignored: str | None = None
+    """Reason when the message is ignored on purpose (`no_values`, `no_route`, `retained` ...), else None."""
+
+
+class DeadLetter(NamedTuple):
+    """A message that could not be stored, with everything needed to understand and to requeue it."""
+
+    message: Message
+    route: str | None
+    stage: Stage
+    error: str
+    sqlstate: str | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of what was repaired or left out while messages were translated; one per batch, by one thread."""
+
+    nan_skipped: int = 0
+    """Values that were NaN or infinite, and therefore not stored."""
+    nul_removed: int = 0
+    """Texts from which NUL characters were removed (PostgreSQL cannot store them)."""
+    time_replaced: int = 0
+    """Implausible times that were replaced by the arrival time."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Ignored messages by reason."""
