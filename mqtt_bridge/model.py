@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Stage = Literal["route", "decode", "store"]
-"""Where a message failed: no route took it, its bytes could not be decoded, or PostgreSQL refused its rows."""
+from mqtt_bridge.errors import Stage
 
 Row = tuple[Any, ...]
 """One row of a table, in the order of the table's columns. A time is an int: microseconds since 1970, UTC."""
@@ -80,3 +79,7 @@ class Tally:
     """Implausible times that were replaced by the arrival time."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Ignored messages by reason."""
+
+    def ignore(self, reason: str) -> None:
+        """One message was ignored for this reason."""
+        self.ignored[reason] = self.ignored.get(reason, 0) + 1

@@ -1,0 +1,343 @@
+"""One connection to the broker, from CONNECT to its end.
+
+Every connection is a new object with a paho client of its own. That is what gates acknowledgements: a PUBACK that
+comes too late goes to a client whose socket is closed, never before the CONNECT of the next connection and never to a
+message of the next session that happens to have the same packet id.
+
+paho's own thread and its reconnecting are not used: its thread dies of any exception while the socket stays open, it
+cannot stop reading, and it falls back to MQTT 3.1 silently. The subscriber's thread calls `step` instead.
+
+Threads: everything runs in the subscriber's thread, but for `acknowledge`, which the workers call: it only appends to
+paho's output queue and wakes the loop. Registering a write callback keeps paho from writing in the calling thread.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import paho.mqtt.client as mqtt
+import structlog
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.errors import Problem, SettingsError, explain_refusal
+from mqtt_bridge.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+BARRIER_EVERY_S = 1.0
+BARRIER_EVERY_ACKS = 8_192
+SESSION_WAIT_S = 5.0
+"""How long SUBSCRIBE waits for the database to learn that the session was lost."""
+RESUBSCRIBE_S = 30.0
+"""A refused subscription is tried again after this time."""
+_RETAIN_HANDLING = {"once": 1, "always": 0, "never": 2}
+
+
+class Inbox(Protocol):
+    """Where received messages go: the pipeline."""
+
+    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
+        """A connection begins."""
+
+    def disconnected(self) -> None:
+        """It has ended."""
+
+    def receive(
+        self,
+        topic: bytes,
+        payload: bytes,
+        *,
+        qos: int,
+        retain: bool,
+        packet_id: int = 0,
+        dup: bool = False,
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take a message in, without blocking."""
+
+    def prove(self, positions: Sequence[int]) -> None:
+        """The broker has seen these PUBACKs."""
+
+    @property
+    def session_to_raise(self) -> int | None:
+        """A lost session that the database does not know of yet."""
+
+
+class BrokerConnection:
+    """Receives messages into `inbox` until the connection ends, and carries the acknowledgements back."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        filters: Sequence[str],
+        inbox: Inbox,
+        acks: AckTracker,
+        subscribed_before: bool = False,
+        lasting: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`subscribed_before`: this process has had a SUBACK for these filters in the broker's present session.
+
+        `lasting`: the broker keeps the session when the connection ends, as the bridge needs it; `check` does not.
+        """
+        self._settings = settings
+        self._filters = filters
+        self._inbox = inbox
+        self._acks = acks
+        self._subscribed_before = subscribed_before
+        self._lasting = lasting
+        self._clock = clock
+        self._is_v5 = settings.mqtt_protocol == "5"
+        self._client = self._make_client()
+        self._connected_s = 0.0
+        self._subscribe_at_s: float | None = None  # not before this; None when it is done
+        self._suback_for: int | None = None
+        self._barrier: tuple[int, int] | None = None  # packet id of the UNSUBSCRIBE under way, and its mark
+        self._barrier_s = clock()
+        self._takes_in = True
+        self.connected = False
+        """Whether the broker has accepted the connection, and it has not ended."""
+        self.subscribed = False
+        self.session_present = False
+        self.problem: str | None = None
+        """Why the broker refused, or ended, the connection or the subscription."""
+
+    # -- making it
+
+    def _make_client(self) -> mqtt.Client:
+        settings = self._settings
+        protocol = MQTTProtocolVersion.MQTTv5 if self._is_v5 else MQTTProtocolVersion.MQTTv311
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=settings.mqtt_client_id,
+            clean_session=None if self._is_v5 else not self._lasting,
+            protocol=protocol,
+            transport=settings.mqtt_transport,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        username, password = settings.mqtt_credentials()
+        if username is not None:
+            client.username_pw_set(username, password)
+        if settings.mqtt_transport == "websockets":
+            client.ws_set_options(path=settings.mqtt_ws_path)
+        if settings.mqtt_tls:
+            client.tls_set_context(tls_context(settings))
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
+        client.on_socket_register_write = _leave_writing_to_the_loop
+        return client
+
+    def open(self) -> None:
+        """Connect the socket and send CONNECT. OSError where the broker cannot be reached."""
+        self._client.connect(
+            self._settings.mqtt_host,
+            self._settings.mqtt_port,
+            keepalive=self._settings.mqtt_keepalive_s,
+            properties=self._connect_properties(),
+            **({"clean_start": False} if self._is_v5 else {}),  # type: ignore[arg-type]
+        )
+
+    def _connect_properties(self) -> Properties | None:
+        if not self._is_v5:
+            return None
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = self._settings.mqtt_session_expiry_s if self._lasting else 0
+        properties.ReceiveMaximum = self._settings.mqtt_receive_maximum
+        return properties
+
+    # -- living
+
+    def step(self, timeout_s: float) -> bool:
+        """Read and write what is there, waiting `timeout_s` for it; False when the connection has ended."""
+        if self._client.loop(timeout_s) != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            return False
+        return self._tend()
+
+    def step_without_reading(self) -> bool:
+        """Write acknowledgements and keep the connection alive, but take nothing in: the queue is full."""
+        ended = self._client.loop_write() or self._client.loop_misc()
+        return not ended and self._client.socket() is not None
+
+    def _tend(self) -> bool:
+        if self.connected:
+            self._subscribe_when_due()
+            self._send_barrier_when_due()
+        return self._client.socket() is not None
+
+    def acknowledge(self, packet_id: int) -> None:
+        """Queue a PUBACK. Called under the lock of `acks`, by whichever thread has settled the message."""
+        self._client.ack(packet_id, 1)
+
+    def stop_taking_in(self) -> None:
+        """From now on QoS 1 messages are left to the broker: neither stored nor acknowledged."""
+        self._takes_in = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether the broker is known to have seen every acknowledgement that was sent."""
+        return not self._acks.unproven
+
+    def leave(self) -> None:
+        """Send DISCONNECT; the session stays at the broker."""
+        self._client.disconnect()
+
+    def close(self) -> None:
+        """Give the socket back, however the connection ended. Idempotent."""
+        self._ended()
+        sock = self._client.socket()
+        if sock is not None:
+            sock.close()
+
+    def _ended(self) -> None:
+        self.connected = self.subscribed = False
+        self._inbox.disconnected()
+
+    # -- paho's callbacks
+
+    def _on_connect(
+        self, _c: object, _u: object, flags: mqtt.ConnectFlags, reason: ReasonCode, properties: Any
+    ) -> None:
+        if reason.is_failure:
+            self.problem = explain_refusal(str(reason))
+            return
+        self.connected = True
+        self.session_present = flags.session_present
+        self._inbox.connected(session_present=flags.session_present, send_ack=self.acknowledge)
+        self._connected_s = self._subscribe_at_s = self._clock()
+        self._compare_grants(properties)
+
+    def _compare_grants(self, properties: Any) -> None:
+        """Warn where the broker grants less than the promises of the bridge need (MQTT 5, section 3.2.2.3)."""
+        granted_s = getattr(properties, "SessionExpiryInterval", self._settings.mqtt_session_expiry_s)
+        if granted_s < self._settings.mqtt_session_expiry_s:
+            log.warning(
+                "the broker keeps the session for a shorter time than asked; what is published while the bridge is "
+                "away for longer is lost",
+                asked_s=self._settings.mqtt_session_expiry_s,
+                granted_s=granted_s,
+            )
+        if getattr(properties, "MaximumQoS", 2) < self._settings.mqtt_qos:
+            log.warning("the broker does not offer QoS 1: messages may be lost")
+
+    def _on_disconnect(self, _c: object, _u: object, flags: mqtt.DisconnectFlags, reason: ReasonCode, _p: Any) -> None:
+        if self.problem is None and flags.is_disconnect_packet_from_server:
+            self.problem = f"the broker ended the connection: {reason}."
+        self._ended()
+
+    def _on_message(self, _c: object, _u: object, message: mqtt.MQTTMessage) -> None:
+        if message.qos and not self._takes_in:
+            return
+        self._inbox.receive(
+            message._topic,  # the raw bytes: the public property raises when they are not UTF-8
+            bytes(message.payload),
+            qos=message.qos,
+            retain=message.retain,
+            packet_id=message.mid,
+            dup=message.dup,
+            properties=_readable(message.properties),
+        )
+
+    # -- subscribing
+
+    def _subscribe_when_due(self) -> None:
+        if self._subscribe_at_s is None or self._clock() < self._subscribe_at_s:
+            return
+        if self._inbox.session_to_raise is None or self._clock() >= self._connected_s + SESSION_WAIT_S:
+            self._subscribe_at_s = None
+            self._subscribe()
+
+    def _subscribe(self) -> None:
+        """SUBSCRIBE on every connect, but for MQTT 3.1.1, where each SUBSCRIBE would bring the retained messages."""
+        if not self._is_v5 and self.session_present and self._subscribed_before:
+            self.subscribed = True
+            return
+        _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._wire_filters()])
+
+    def _options(self) -> Any:
+        if not self._is_v5:
+            return self._settings.mqtt_qos
+        handling = _RETAIN_HANDLING[self._settings.mqtt_retained]
+        return SubscribeOptions(qos=self._settings.mqtt_qos, retainHandling=handling)
+
+    def _wire_filters(self) -> list[str]:
+        group = self._settings.mqtt_shared_group
+        return [f"$share/{group}/{name}" if group else name for name in self._filters]
+
+    def _on_subscribe(self, _c: object, _u: object, packet_id: int, reasons: list[ReasonCode], _p: Any) -> None:
+        if packet_id != self._suback_for:
+            return
+        refused = [(name, r) for name, r in zip(self._filters, reasons, strict=False) if r.is_failure]
+        if refused:
+            names = ", ".join(f"{name} ({reason})" for name, reason in refused)
+            self.problem = (
+                f"the broker refused to subscribe to {names}. Allow it in the broker's ACL, or change MQTT_TOPICS."
+            )
+            self._subscribe_at_s = self._clock() + RESUBSCRIBE_S
+            return
+        self.problem = None
+        self.subscribed = True
+
+    # -- the barrier
+
+    def _send_barrier_when_due(self) -> None:
+        """UNSUBSCRIBE a filter that nobody uses: its answer proves that all PUBACKs sent before it were seen."""
+        unproven = self._acks.unproven
+        if self._barrier or not unproven:
+            return
+        if unproven < BARRIER_EVERY_ACKS and self._takes_in and self._clock() - self._barrier_s < BARRIER_EVERY_S:
+            return
+        mark = self._acks.mark()
+        _, packet_id = self._client.unsubscribe(f"mqtt-bridge/barrier/{self._settings.mqtt_client_id}")
+        if packet_id is not None:
+            self._barrier = (packet_id, mark)
+
+    def _on_unsubscribe(self, _c: object, _u: object, packet_id: int, _r: list[ReasonCode], _p: Any) -> None:
+        if self._barrier and self._barrier[0] == packet_id:
+            self._inbox.prove(self._acks.prove(self._barrier[1]))
+            self._barrier = None
+            self._barrier_s = self._clock()
+
+
+def _leave_writing_to_the_loop(*_: object) -> None:
+    return None
+
+
+def _readable(properties: Properties | None) -> Mapping[str, Any] | None:
+    """MQTT 5 properties as JSON can hold them; None for the usual message without any."""
+    if properties is None or properties.isEmpty():  # type: ignore[no-untyped-call]
+        return None
+    content: Mapping[str, Any] = properties.json()  # type: ignore[no-untyped-call]
+    return content
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext:
+    """A fresh context, read from the files as they are now. `SettingsError` names the file that does not do."""
+    try:
+        context = ssl.create_default_context(cafile=settings.mqtt_tls_ca and str(settings.mqtt_tls_ca))
+    except OSError as error:
+        raise _unusable("MQTT_TLS_CA", settings.mqtt_tls_ca, error, "certificates of an authority") from error
+    if settings.mqtt_tls_cert:
+        try:
+            context.load_cert_chain(str(settings.mqtt_tls_cert), settings.mqtt_tls_key and str(settings.mqtt_tls_key))
+        except OSError as error:
+            what = "a certificate that belongs to MQTT_TLS_KEY"
+            raise _unusable("MQTT_TLS_CERT", settings.mqtt_tls_cert, error, what) from error
+    return context
+
+
+def _unusable(setting: str, path: object, error: OSError, wanted: str) -> SettingsError:
+    reason = getattr(error, "reason", None) or error.strerror or str(error)
+    return SettingsError([Problem(setting, str(path), f"cannot be used: {reason}.", f"Give a PEM file with {wanted}.")])

@@ -1,0 +1,351 @@
+"""The command line: `mqtt-bridge COMMAND`.
+
+Every command reads the same settings, from the environment and `.env`. Exit codes: 0 well ended, 2 configuration
+error, 3 another process took over the client id, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import FrameType
+from typing import IO, Any
+
+import click
+import orjson
+import psycopg2
+
+from mqtt_bridge import __version__, logs, schema
+from mqtt_bridge.bridge import EXIT_FAILED, EXIT_OK, EXIT_SETTINGS, Bridge, make_router
+from mqtt_bridge.connections import BridgeConnection
+from mqtt_bridge.errors import BridgeError, SettingsError, classify
+from mqtt_bridge.settings import Settings, load, unknown_names
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def main() -> None:
+    """Entry point of the console script; turns the errors of the bridge into one clear message and an exit code."""
+    try:
+        group(prog_name="mqtt-bridge", standalone_mode=False)
+    except click.exceptions.Exit as end:
+        _leave(end.exit_code)
+    except click.Abort:
+        _leave(130)
+    except click.ClickException as error:
+        error.show()
+        _leave(EXIT_SETTINGS if isinstance(error, click.UsageError) else EXIT_FAILED)
+    except SettingsError as error:
+        _tell(error)
+        _leave(EXIT_SETTINGS)
+    except BridgeError as error:
+        click.echo(f"mqtt-bridge: {error}", err=True)
+        _leave(EXIT_FAILED)
+    _leave(EXIT_OK)
+
+
+def _tell(error: SettingsError) -> None:
+    count = len(error.problems)
+    click.echo(f"mqtt-bridge: {count} configuration {'problem' if count == 1 else 'problems'}:", err=True)
+    for problem in error.problems:
+        click.echo(f"  {problem}", err=True)
+
+
+def _leave(code: int) -> None:
+    """Exit with `code`, even when a thread still hangs in a system call: nothing that matters is left to be done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    hanging = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if any(thread.name.startswith("mqtt-bridge-worker") for thread in hanging):
+        os._exit(code)
+    sys.exit(code)
+
+
+@click.group(
+    context_settings=CONTEXT,
+    epilog="""\b
+Examples:
+  mqtt-bridge demo                      see it work: servers, devices and bridge, nothing to install
+  mqtt-bridge check                     is everything as it should be?
+  mqtt-bridge run                       run it
+  mqtt-bridge explain devices/d1/telemetry '{"temperature": 21.5}'
+
+Settings come from the environment and from .env; .env.example lists them all.""",
+)
+@click.version_option(__version__, prog_name="mqtt-bridge")
+def group() -> None:
+    """Move MQTT messages into PostgreSQL: nothing lost, nothing twice."""
+
+
+@group.command(
+    epilog="""\b
+Examples:
+  mqtt-bridge run
+  MQTT_HOST=broker.example MQTT_TOPICS='sensors/{device}/#' DATABASE_URL=postgresql://bridge@db/iot mqtt-bridge run
+
+SIGTERM and SIGINT end it in good order: drain, commit, acknowledge, leave. A second one ends it at once."""
+)
+def run() -> None:
+    """Run the bridge until it is told to stop."""
+    settings = _settings()
+    for problem in unknown_names():
+        click.echo(f"mqtt-bridge: warning: {problem}", err=True)
+    bridge = Bridge(settings)
+    with _stopping(bridge.request_stop):
+        code = bridge.run()
+    raise click.exceptions.Exit(code)
+
+
+def _settings() -> Settings:
+    settings = load()
+    logs.configure(settings.log_level, settings.log_format)
+    return settings
+
+
+@contextmanager
+def _stopping(request_stop: Callable[[], None]) -> Any:
+    """SIGTERM and SIGINT ask for an orderly end; the second one does not ask."""
+    signals_seen = 0
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        nonlocal signals_seen
+        signals_seen += 1
+        if signals_seen > 1:
+            os._exit(EXIT_FAILED)
+        request_stop()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@group.command(
+    epilog="""\b
+Examples:
+  mqtt-bridge demo
+  mqtt-bridge demo --devices 1000 --interval 0.5 --duration 60"""
+)
+@click.option("--devices", default=200, show_default=True, type=click.IntRange(1, 100_000), help="Simulated devices.")
+@click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(0.001), metavar="S",
+              help="Seconds between the messages of a device.")  # fmt: skip
+@click.option("--duration", default=None, type=click.FloatRange(0.1), metavar="S",
+              help="End after so many seconds; without it, Ctrl-C ends it.")  # fmt: skip
+def demo(devices: int, interval: float, duration: float | None) -> None:
+    """Start PostgreSQL, a broker, simulated devices and the bridge, and show what happens."""
+    from mqtt_bridge.tools.demo import run_demo
+
+    logs.configure("warning", "console")
+    stop = threading.Event()
+    with _stopping(stop.set):
+        code = run_demo(devices=devices, interval_s=interval, duration_s=duration, stop=stop, echo=_echo)
+    raise click.exceptions.Exit(code)
+
+
+def _echo(text: str) -> None:
+    click.echo(text, nl=not text.startswith("\r"))
+    sys.stdout.flush()
+
+
+@group.command(
+    epilog="""\b
+Examples:
+  mqtt-bridge check
+  mqtt-bridge check --offline     settings and routes only
+
+Exit code 0 when the bridge can run (warnings may remain), 2 when it cannot."""
+)
+@click.option("--offline", is_flag=True, help="Look at settings and routes only, reach no server.")
+def check(offline: bool) -> None:
+    """Check settings, broker and database, and name what would bite in production."""
+    from mqtt_bridge.tools import check as checking
+
+    logs.configure("error", "console")
+    try:
+        settings = load()
+        router = make_router(settings)
+        findings = checking.check(settings, router.filters, unknown=unknown_names(), offline=offline)
+        levels = [_show(finding) for finding in findings]
+    except SettingsError as error:
+        levels = [_show(finding) for finding in checking.failed(error)]
+    problems = levels.count("problem")
+    click.echo(f"\n{problems} problems, {levels.count('warning')} warnings")
+    raise click.exceptions.Exit(EXIT_SETTINGS if problems else EXIT_OK)
+
+
+def _show(finding: Any) -> str:
+    colour = {"ok": "green", "warning": "yellow", "problem": "red"}[finding.level]
+    click.secho(str(finding)[:8], fg=colour, nl=False)
+    click.echo(finding.text)
+    return str(finding.level)
+
+
+@group.command(
+    epilog="""\b
+Examples:
+  mqtt-bridge explain devices/d1/telemetry '{"temperature": 21.5, "ts": 1767225600}'
+  mosquitto_sub -C 1 -t 'devices/+/telemetry' | mqtt-bridge explain devices/d1/telemetry -
+  mqtt-bridge explain devices/d1/telemetry @message.bin --json
+  mqtt-bridge explain --tape capture.jsonl --json"""
+)
+@click.argument("topic", required=False)
+@click.argument("payload", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a message.")
+@click.option("--tape", type=click.File("r", encoding="utf-8"), help="Explain every message of a tape (JSON Lines).")
+def explain(topic: str | None, payload: str | None, as_json: bool, tape: IO[str] | None) -> None:
+    """Show which route takes a message, and the exact rows that it would be stored as.
+
+    PAYLOAD is text, `-` for standard input, or @FILE. Neither broker nor database is needed.
+    """
+    from mqtt_bridge.tools import explain as explaining
+
+    if (topic is None) == (tape is None):
+        raise click.UsageError("give either a TOPIC (and a PAYLOAD), or --tape FILE")
+    router = make_router(load())
+    show = _print_json if as_json else _print_explained
+    if tape is not None:
+        for explanation in explaining.explain_tape(router, tape):
+            show(explanation)
+    elif topic is not None:
+        show(explaining.explain(router, topic, _payload(payload)))
+
+
+def _payload(text: str | None) -> bytes:
+    if text is None:
+        return b""
+    if text == "-":
+        return sys.stdin.buffer.read()
+    if text.startswith("@"):
+        try:
+            with open(text[1:], "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise click.UsageError(f"cannot read {text[1:]}: {error.strerror}") from error
+    return os.fsencode(text)
+
+
+def _print_json(content: Any) -> None:
+    click.echo(orjson.dumps(content).decode())
+
+
+def _print_explained(explanation: dict[str, Any]) -> None:
+    from mqtt_bridge.tools.explain import render
+
+    click.echo(render(explanation))
+
+
+@group.command(
+    name="schema",
+    epilog="""\b
+Examples:
+  mqtt-bridge schema                     print the SQL
+  mqtt-bridge schema | psql "$OWNER_URL" have an owner apply it
+  mqtt-bridge schema --apply             apply it as the user in DATABASE_URL""",
+)
+@click.option("--apply", "apply_it", is_flag=True, help="Create what is missing, instead of printing.")
+def schema_command(apply_it: bool) -> None:
+    """Print, or apply, the SQL for the tables that the bridge needs."""
+    settings = _settings()
+    if not apply_it:
+        click.echo(schema.ddl(), nl=False)
+        return
+    connection: BridgeConnection | None = None
+    try:
+        connection = psycopg2.connect(settings.dsn(), connection_factory=BridgeConnection)
+        absent = schema.missing(connection)
+        schema.apply(connection)
+        click.echo("\n".join(f"created: {item.split()[1]}" for item in absent) or "nothing was missing")
+    except psycopg2.Error as error:
+        failure = classify(error, connected=connection is not None and not connection.closed)
+        raise BridgeError(f"the schema was not applied: {failure}") from error
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+@group.command(
+    epilog="""\b
+Examples:
+  mqtt-bridge simulate --devices 200 --interval 1
+  mqtt-bridge simulate --devices 50 --count 10000 --interval 0.01
+  mqtt-bridge simulate --garbage 0.01 --duplicates 0.01 --late 0.05 --duration 60"""
+)
+@click.option("--devices", default=10, show_default=True, type=click.IntRange(1, 100_000), help="Simulated devices.")
+@click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(0.0001), metavar="S",
+              help="Seconds between the messages of a device.")  # fmt: skip
+@click.option("--count", type=click.IntRange(1), help="End after so many messages in total.")
+@click.option("--duration", type=click.FloatRange(0.1), metavar="S", help="End after so many seconds.")
+@click.option("--topic", default="devices/{device}/telemetry", show_default=True, help="Where each device publishes.")
+@click.option("--qos", default=1, show_default=True, type=click.IntRange(0, 1), help="Quality of service.")
+@click.option("--connections", default=4, show_default=True, type=click.IntRange(1, 1000), help="MQTT connections.")
+@click.option("--seed", default=0, show_default=True, help="Equal seeds make equal readings.")
+@click.option("--duplicates", default=0.0, type=click.FloatRange(0, 1), help="Share of messages published twice.")
+@click.option("--garbage", default=0.0, type=click.FloatRange(0, 1), help="Share of messages that are broken.")
+@click.option("--late", default=0.0, type=click.FloatRange(0, 1), help="Share of messages with an old time.")
+@click.option("--bursts", default=0.0, type=click.FloatRange(0, 1), help="Share of messages that come in bursts.")
+def simulate(duration: float | None, count: int | None, interval: float, **options: Any) -> None:
+    """Publish the readings of simulated devices to the broker of the settings."""
+    from mqtt_bridge.tools.simulator import Simulator
+
+    settings = _settings()
+    username, password = settings.mqtt_credentials()
+    simulator = Simulator(
+        settings.mqtt_host,
+        settings.mqtt_port,
+        interval_s=interval,
+        count=count,
+        duration_s=duration,
+        protocol=settings.mqtt_protocol,
+        username=username,
+        password=password,
+        tls=settings.mqtt_tls,
+        tls_ca=str(settings.mqtt_tls_ca) if settings.mqtt_tls_ca else None,
+        **options,
+    )
+    stop = threading.Event()
+    with _stopping(stop.set), _progress_bar(count, duration) as progress:
+        summary = simulator.run(stop, progress)
+    click.echo(str(summary))
+
+
+@contextmanager
+def _progress_bar(count: int | None, duration: float | None) -> Any:
+    """A bar where the end is known, else a running count."""
+    length = count or (round(duration * 10) if duration else None)
+    if length is None:
+        yield lambda progress: click.echo(f"\rpublished {progress.published}", nl=False, err=True)
+        click.echo(err=True)
+        return
+    with click.progressbar(length=length, label="publishing", file=sys.stderr) as bar:
+
+        def update(progress: Any) -> None:
+            done = progress.published if count else round(progress.seconds * 10)
+            bar.update(min(done, length) - bar.pos)
+
+        yield update
+
+
+@group.command(
+    epilog="""\b
+Examples:
+  mqtt-bridge status
+  mqtt-bridge status --json | jq .messages"""
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer of /api/status as it is.")
+def status(as_json: bool) -> None:
+    """Show the state of a running bridge, asked over HTTP at HTTP_HOST and HTTP_PORT."""
+    from mqtt_bridge.tools import status as asking
+
+    settings = load()
+    token = settings.http_token.get_secret_value() if settings.http_token else None
+    content = asking.fetch(settings.http_host, settings.http_port, token=token)
+    if as_json:
+        _print_json(content)
+    else:
+        click.echo(asking.render(content))

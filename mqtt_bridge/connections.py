@@ -1,0 +1,129 @@
+"""Connections to PostgreSQL: psycopg2's ThreadedConnectionPool, wrapped against its traps.
+
+The pool of psycopg2 raises when it is exhausted, closes what exceeds `minconn`, connects eagerly in its constructor,
+loses a slot when it is given back a connection that died in a transaction, and hands out connections that the server
+has closed long ago. So: a semaphore waits for a free slot, minimum and maximum are the same, the pool is made at the
+first use (the database may be away until then), and when one connection turns out to be dead the whole pool is
+retired, since a restart of the server killed them all.
+
+Connections are in autocommit mode: whoever borrows one says BEGIN and COMMIT. Any thread may borrow.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import cast
+
+import psycopg2
+from psycopg2 import extensions, pool
+
+from mqtt_bridge.copying import Encoder
+from mqtt_bridge.errors import SinkError
+
+
+class BridgeConnection(extensions.connection):
+    """A connection that remembers how to write into the tables it has seen."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.autocommit = True
+        self.fresh = True
+        """True until a statement has succeeded: a first failure after that may only mean that it had gone stale."""
+        self.encoders: dict[str, Encoder] = {}
+        """By table. As old as the connection: a table that is changed is read again by the next one."""
+
+
+class Connections:
+    """A pool of `size` connections, made lazily, that waits instead of raising."""
+
+    def __init__(self, dsn: Callable[[], str], *, size: int, wait_s: float = 30.0) -> None:
+        """`dsn` is asked again for every new pool, so that a rotated password is found. `wait_s`: for a free slot."""
+        self._dsn = dsn
+        self._size = size
+        self._wait_s = wait_s
+        self._free = threading.BoundedSemaphore(size)
+        self._lock = threading.Lock()
+        # Guarded by the lock:
+        self._pool: pool.ThreadedConnectionPool | None = None
+        self._in_use = 0
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        """How many connections there are at most."""
+        return self._size
+
+    @property
+    def in_use(self) -> int:
+        """How many connections are lent out now."""
+        return self._in_use
+
+    @contextmanager
+    def connection(self) -> Iterator[BridgeConnection]:
+        """Borrow a connection. One that comes back broken, or in a transaction, is closed and replaced.
+
+        Raises psycopg2.Error when no connection can be made, SinkError when none is free for too long.
+        """
+        if not self._free.acquire(timeout=self._wait_s):
+            raise SinkError(f"no database connection was free for {self._wait_s:g} s; raise DB_POOL_SIZE")
+        try:
+            owner = self._current()
+            connection = self._take(owner)
+            try:
+                yield connection
+            finally:
+                self._give_back(owner, connection)
+        finally:
+            self._free.release()
+
+    def _current(self) -> pool.ThreadedConnectionPool:
+        # The lock is held while the constructor connects: other borrowers would only make a second pool.
+        with self._lock:
+            if self._closed:
+                raise SinkError("the connections are closed")
+            if self._pool is None:
+                self._pool = pool.ThreadedConnectionPool(
+                    self._size, self._size, self._dsn(), connection_factory=BridgeConnection
+                )
+            return self._pool
+
+    def _take(self, owner: pool.ThreadedConnectionPool) -> BridgeConnection:
+        connection = owner.getconn()
+        with self._lock:
+            self._in_use += 1
+        return cast(BridgeConnection, connection)  # by the pool's connection_factory
+
+    def _give_back(self, owner: pool.ThreadedConnectionPool, connection: BridgeConnection) -> None:
+        _leave_transaction(connection)
+        broken = connection.closed != 0
+        with self._lock:
+            self._in_use -= 1
+            if broken and self._pool is owner:
+                self._pool = None  # the others died with it; those lent out are closed as they come back
+            retired = self._pool is not owner
+        owner.putconn(connection, close=broken or retired)
+
+    def close(self) -> None:
+        """Close every connection; those lent out are closed when they come back. Idempotent."""
+        with self._lock:
+            self._closed = True
+            owner, self._pool = self._pool, None
+        if owner is not None and not self._in_use:
+            owner.closeall()
+
+
+def _leave_transaction(connection: BridgeConnection) -> None:
+    """Make sure that no transaction stays open; close the connection where that fails."""
+    if connection.closed:
+        return
+    if connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE:
+        connection.fresh = False
+        return
+    with suppress(psycopg2.Error):
+        if connection.info.transaction_status != extensions.TRANSACTION_STATUS_UNKNOWN:
+            with connection.cursor() as cursor:
+                cursor.execute("ROLLBACK")
+            return
+    connection.close()

@@ -1,0 +1,410 @@
+"""Which deliveries are already committed: what makes QoS 1 an exactly-once effect.
+
+MQTT redelivers whatever it has no PUBACK for, after a cut connection, a crash of the bridge or of the broker. A
+redelivery must be recognised, or the message is stored twice. So every batch writes, in the transaction of its rows,
+a *ledger row*: its key, and eight bytes for each of its deliveries. The `Ledger` holds the same facts in memory.
+
+**Position.** Packet ids are 16 bits and wrap within a second on a fast stream. Each delivery therefore gets a 64-bit
+position: the last one plus the signed distance of its packet id from the last id, modulo 65,535 (0 is no packet id).
+What the broker may still redeliver never spans more than `REACH` positions, so the distance is never ambiguous.
+
+**Fingerprint.** Eight bytes of topic, retain flag and payload. A redelivery is recognised by position *and*
+fingerprint: positions alone would believe a broker that lost its state, fingerprints alone would drop a sensor that
+says the same thing twice.
+
+**Key.** (owner epoch, batch number), unique. A COMMIT whose answer was lost is tried again under the same key; if the
+ledger row is there already, the first try succeeded. The owner epoch is raised whenever a process takes over the
+client id, so a predecessor that is still alive can commit nothing more: it is fenced.
+
+**Session.** When the broker has lost the session its ids start again: a raised session epoch makes all older entries
+match nothing.
+
+Invariants: a committed delivery whose PUBACK is unproven is in the ledger; nothing matches across more than `REACH`
+positions or across sessions; only the current owner commits.
+
+Threads: `Ledger` has no lock of its own. The pipeline calls it under its lock, `load` is called before any thread runs.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal, NamedTuple
+
+import psycopg2
+import structlog
+from psycopg2 import sql
+from psycopg2.extensions import connection as Connection
+
+from mqtt_bridge.errors import Fenced
+from mqtt_bridge.model import Message
+
+log = structlog.get_logger(__name__)
+
+LAP = 65_535
+"""Packet ids run from 1 to this, then start again."""
+REACH = 30_000
+"""How many positions a redelivery can reach back: less than half a lap, so that distances are never ambiguous."""
+
+PRUNE_AT_ONCE = 500
+"""Ledger rows deleted by one batch at most, to keep its statement small."""
+
+Redelivery = Literal["marked", "unmarked", "renumbered"]
+"""How the broker redelivers: with the DUP flag as the standard says, without it, or under new packet ids."""
+
+
+class Seen(enum.Enum):
+    """What a delivery is, compared with those that are known."""
+
+    NEW = "new"
+    PENDING = "pending"
+    """Redelivered on a new connection while the first copy waits for its commit: acknowledge when that commits."""
+    COMMITTED = "committed"
+    """Redelivered after its commit: acknowledge in turn."""
+    RESENT = "resent"
+    """Sent again on the same connection, as some brokers do on a timer: its place in the receive order stands."""
+
+
+class BatchKey(NamedTuple):
+    """Names one batch for ever; the primary key of its ledger row, together with the client id."""
+
+    owner_epoch: int
+    batch: int
+
+
+class Entry(NamedTuple):
+    """What one batch writes into the ledger. Made once, when the batch is formed, and never changed."""
+
+    key: BatchKey
+    session_epoch: int
+    first_position: int
+    fingerprints: bytes
+    """Eight bytes for each position from the first on; eight zeros mark a position that is not in this batch."""
+    pruned: tuple[BatchKey, ...] = ()
+    """Rows that no redelivery and no retry needs any more: deleted on the way."""
+    raises_session: bool = False
+    """Whether the transaction must also write the session epoch into `owners`: no earlier one has been seen to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the database says when a process takes over a client id."""
+
+    owner_epoch: int
+    session_epoch: int
+    entries: tuple[Entry, ...]
+
+
+def fingerprint(topic: bytes, payload: bytes, *, retain: bool) -> bytes:
+    """Eight stable bytes of what does not change when a message is delivered again."""
+    return blake2b(topic + (b"\x01" if retain else b"\x00") + payload, digest_size=8).digest()
+
+
+_GAP = bytes(8)
+
+
+class Ledger:
+    """The deliveries of this session that may come again, and what became of them."""
+
+    def __init__(self, *, redelivery: Redelivery = "marked") -> None:
+        self._redelivery = redelivery
+        self._matching = redelivery != "renumbered"
+        self._owner_epoch = 0
+        self._session_epoch = 0
+        self._session_raised = False  # a raise of session_epoch that no transaction has committed yet
+        self._session_start = 1  # positions below belong to earlier sessions
+        self._batches = 0
+        self._last_id: int | None = None
+        self._last_position = 0
+        self._highest = 0  # highest position ever given
+        self._pending: dict[int, bytes] = {}
+        self._committed: dict[int, tuple[bytes, BatchKey]] = {}
+        self._here: set[int] = set()  # known positions that were delivered on the current connection
+        self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
+        self._prunable: list[BatchKey] = []  # rows to delete with the next batch
+
+    # -- start and connections
+
+    def load(self, claim: Claim) -> None:
+        """Begin with what the database knows of this client id."""
+        self._owner_epoch = claim.owner_epoch
+        self._session_epoch = claim.session_epoch
+        for entry in claim.entries:
+            self._remember(entry)
+        if self._committed:
+            self._highest = self._last_position = max(self._committed)
+            self._last_id = (self._last_position - 1) % LAP + 1
+        self._forget_out_of_reach()
+
+    def _remember(self, entry: Entry) -> None:
+        self._unproven[entry.key] = 0
+        for index in range(len(entry.fingerprints) // 8):
+            mark = entry.fingerprints[index * 8 : index * 8 + 8]
+            if mark != _GAP:
+                self._commit(entry.first_position + index, mark, entry.key)
+
+    def connected(self, *, session_present: bool) -> None:
+        """A connection begins. Without its session the broker counts anew: nothing older may match."""
+        self._here.clear()
+        if not session_present:
+            self._begin_session()
+
+    def _begin_session(self) -> None:
+        self._matching = self._redelivery != "renumbered"
+        self._session_epoch += 1
+        self._session_raised = True
+        self._start_counting_anew()
+        self._session_start = self._last_position + 1
+        # Entries of the old session can match nothing. Their rows are kept until they are settled: one may belong
+        # to a batch whose COMMIT answer was lost, and its retry needs the row.
+        self._prunable.extend(self._unproven)
+        self._unproven.clear()
+        self._committed.clear()
+        self._pending.clear()
+
+    def _start_counting_anew(self) -> None:
+        """Continue at the next lap, so that position and packet id stay congruent and positions stay unique."""
+        self._last_position = self._highest = -(-self._highest // LAP) * LAP
+        self._last_id = None
+
+    # -- receiving
+
+    def place(self, packet_id: int, mark: bytes, *, dup: bool) -> tuple[int, Seen]:
+        """The position of a QoS 1 delivery with fingerprint `mark`, and whether it is known."""
+        position, forward = self._position(packet_id)
+        if self._matching and (dup or self._redelivery == "unmarked"):
+            seen = self._recognise(position, mark)
+            if seen is not Seen.NEW:
+                self._arrive(position, packet_id)
+                return position, seen
+        if not self._matching:
+            position = self._highest + 1
+        elif position in self._pending or position in self._committed or not (forward or dup):
+            position = self._lose_count(packet_id, dup=dup)
+        self._arrive(position, packet_id)
+        self._pending[position] = mark
+        return position, Seen.NEW
+
+    def _position(self, packet_id: int) -> tuple[int, bool]:
+        if self._last_id is None:
+            return self._last_position + packet_id, True
+        distance = (packet_id - self._last_id) % LAP
+        if distance > LAP // 2:
+            distance -= LAP
+        return self._last_position + distance, distance > 0
+
+    def _recognise(self, position: int, mark: bytes) -> Seen:
+        if self._pending.get(position) == mark:
+            return Seen.RESENT if position in self._here else Seen.PENDING
+        if position in self._committed and self._committed[position][0] == mark:
+            return Seen.RESENT if position in self._here else Seen.COMMITTED
+        return Seen.NEW
+
+    def _arrive(self, position: int, packet_id: int) -> None:
+        self._here.add(position)
+        self._last_position, self._last_id = position, packet_id
+        self._highest = max(self._highest, position)
+
+    def _lose_count(self, packet_id: int, *, dup: bool) -> int:
+        """The broker's ids step as no incrementing broker's do: positions can no longer be trusted to match."""
+        log.warning(
+            "packet ids of the broker step back: redeliveries are no longer recognised in this session, "
+            "a message may be stored twice; set MQTT_REDELIVERY=renumbered if this broker always does so",
+            packet_id=packet_id,
+            last_packet_id=self._last_id,
+            dup=dup,
+        )
+        self._matching = False
+        return self._highest + 1
+
+    # -- batches
+
+    def entry(self, messages: Sequence[Message]) -> Entry:
+        """The ledger row of a new batch of these messages, with a key of its own."""
+        self._batches += 1
+        key = BatchKey(self._owner_epoch, self._batches)
+        pruned, self._prunable = tuple(self._prunable[:PRUNE_AT_ONCE]), self._prunable[PRUNE_AT_ONCE:]
+        first, fingerprints = self._fingerprints(messages)
+        return Entry(key, self._session_epoch, first, fingerprints, pruned, self._session_raised)
+
+    def _fingerprints(self, messages: Sequence[Message]) -> tuple[int, bytes]:
+        # Deliveries of an earlier session are left out: the broker has forgotten them, they cannot come again.
+        marks = {m.position: m.fingerprint for m in messages if m.position >= self._session_start}
+        if not marks or not self._matching:
+            return 0, b""
+        first, last = min(marks), max(marks)
+        return first, b"".join(marks.get(position, _GAP) for position in range(first, last + 1))
+
+    def settled(self, entry: Entry, messages: Sequence[Message]) -> None:
+        """The transaction of this batch was committed."""
+        if entry.raises_session:
+            self.session_raised(entry.session_epoch)
+        self._unproven[entry.key] = 0
+        for message in messages:
+            mark = self._pending.pop(message.position, None)
+            if mark is not None and entry.fingerprints:
+                self._commit(message.position, mark, entry.key)
+        if not self._unproven[entry.key]:
+            self._release_row(entry.key)
+        if len(self._committed) > REACH + 10_000:
+            self._forget_out_of_reach()
+
+    def _commit(self, position: int, mark: bytes, key: BatchKey) -> None:
+        self._committed[position] = (mark, key)
+        self._unproven[key] += 1
+
+    @property
+    def session_to_raise(self) -> int | None:
+        """The session epoch that the database does not know yet, or None."""
+        return self._session_epoch if self._session_raised else None
+
+    def session_raised(self, session_epoch: int) -> None:
+        """A transaction that wrote this session epoch was committed."""
+        if session_epoch == self._session_epoch:
+            self._session_raised = False
+
+    def forget(self, positions: Iterable[int]) -> None:
+        """These deliveries are done with, and no transaction holds them: ignored on purpose."""
+        for position in positions:
+            self._pending.pop(position, None)
+
+    # -- pruning
+
+    def prove(self, positions: Iterable[int]) -> None:
+        """The broker has seen the PUBACKs of these: they cannot come again."""
+        for position in positions:
+            self._here.discard(position)
+            if known := self._committed.pop(position, None):
+                self._prove_one(known[1])
+
+    def _prove_one(self, key: BatchKey) -> None:
+        self._unproven[key] -= 1
+        if not self._unproven[key]:
+            self._release_row(key)
+
+    def _release_row(self, key: BatchKey) -> None:
+        del self._unproven[key]
+        self._prunable.append(key)
+
+    def _forget_out_of_reach(self) -> None:
+        """Positions too old to come again. Acknowledged before a cut, the broker never mentions them."""
+        floor = self._highest - REACH
+        self.prove([position for position in self._committed if position < floor])
+        self._here = {position for position in self._here if position >= floor}
+
+
+# -- the same in SQL. The sink runs these; their place is beside the facts that they keep.
+
+
+def lock_key(client_id: str) -> sql.Composable:
+    """The advisory lock of a client id: exclusive to take it over, shared to commit under it."""
+    return sql.SQL("hashtextextended('mqtt_bridge owner ' || {}, 0)").format(sql.Literal(client_id))
+
+
+def claim(connection: Connection, client_id: str) -> Claim:
+    """Take over `client_id`: from now on every older process is fenced. Runs in its own transaction.
+
+    The exclusive lock waits until every transaction of older processes has ended; the ledger is read in a later
+    statement, with a new snapshot, and so sees all that they committed.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
+        cursor.execute(_TAKE_OVER, {"client_id": client_id})
+        owner_epoch, session_epoch = cursor.fetchone() or (0, 0)
+        cursor.execute(_FORGET_OLD_SESSIONS, {"client_id": client_id, "session_epoch": session_epoch})
+        cursor.execute(_READ, {"client_id": client_id})
+        entries = tuple(
+            Entry(BatchKey(epoch, batch), session_epoch, first, bytes(fingerprints))
+            for epoch, batch, first, fingerprints in cursor.fetchall()
+        )
+        cursor.execute("COMMIT")
+    return Claim(owner_epoch, session_epoch, entries)
+
+
+_TAKE_OVER = """
+INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch) VALUES (%(client_id)s, 1, 1)
+ON CONFLICT (client_id) DO UPDATE SET owner_epoch = o.owner_epoch + 1, last_seen = now()
+RETURNING owner_epoch, session_epoch
+"""
+_FORGET_OLD_SESSIONS = """
+DELETE FROM mqtt_bridge.ledger
+WHERE client_id = %(client_id)s AND (session_epoch < %(session_epoch)s OR entries = '')
+"""
+_READ = """
+SELECT owner_epoch, batch, first_position, entries FROM mqtt_bridge.ledger
+WHERE client_id = %(client_id)s ORDER BY owner_epoch, batch
+"""
+
+
+def raise_session(connection: Connection, client_id: str, *, owner_epoch: int, session_epoch: int) -> None:
+    """Write a raised session epoch, in a transaction of its own. `Fenced` when the client id has a new owner."""
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
+        cursor.execute(_RAISE, {"client_id": client_id, "owner_epoch": owner_epoch, "session_epoch": session_epoch})
+        raised = cursor.rowcount
+        cursor.execute("COMMIT")
+    if not raised:
+        raise Fenced(_FENCED)
+
+
+_RAISE = """
+UPDATE mqtt_bridge.owners SET session_epoch = greatest(session_epoch, %(session_epoch)s)
+WHERE client_id = %(client_id)s AND owner_epoch = %(owner_epoch)s
+"""
+_FENCED = "another process has taken over this client id"
+
+
+def statements(client_id: str, entry: Entry) -> sql.Composable:
+    """What a batch's transaction runs before its rows: shared lock, fence, ledger row, pruning.
+
+    The row's client_id is looked up among the owners of this very epoch: once another process has taken over it is
+    NULL, and the NOT NULL constraint is the fence. A key that is there already violates the primary key: this batch
+    was committed by an earlier try. `interpret` reads both.
+    """
+    me = sql.Literal(client_id)
+    parts = [sql.SQL("SELECT pg_advisory_xact_lock_shared({});").format(lock_key(client_id))]
+    if entry.raises_session:
+        parts.append(_RAISE_ON_THE_WAY.format(session=sql.Literal(entry.session_epoch), client_id=me))
+    parts.append(
+        _WRITE.format(
+            client_id=me,
+            owner_epoch=sql.Literal(entry.key.owner_epoch),
+            batch=sql.Literal(entry.key.batch),
+            session_epoch=sql.Literal(entry.session_epoch),
+            first_position=sql.Literal(entry.first_position),
+            entries=sql.Literal(psycopg2.Binary(entry.fingerprints)),
+        )
+    )
+    if entry.pruned:
+        keys = sql.SQL(", ").join(sql.SQL("({}, {})").format(sql.Literal(e), sql.Literal(b)) for e, b in entry.pruned)
+        parts.append(_PRUNE.format(client_id=me, keys=keys))
+    return sql.SQL(" ").join(parts)
+
+
+_RAISE_ON_THE_WAY = sql.SQL(
+    "UPDATE mqtt_bridge.owners SET session_epoch = greatest(session_epoch, {session}) WHERE client_id = {client_id};"
+)
+_WRITE = sql.SQL(
+    "INSERT INTO mqtt_bridge.ledger (client_id, owner_epoch, batch, session_epoch, first_position, entries) VALUES ("
+    "(SELECT client_id FROM mqtt_bridge.owners WHERE client_id = {client_id} AND owner_epoch = {owner_epoch}),"
+    " {owner_epoch}, {batch}, {session_epoch}, {first_position}, {entries});"
+)
+_PRUNE = sql.SQL("DELETE FROM mqtt_bridge.ledger WHERE client_id = {client_id} AND (owner_epoch, batch) IN ({keys});")
+
+
+class AlreadyCommitted(Exception):
+    """The key of this batch is in the ledger: an earlier try was committed although its answer was lost."""
+
+
+def interpret(error: psycopg2.Error) -> None:
+    """Raise `Fenced` or `AlreadyCommitted` where `error` is the ledger's answer; return where it is not."""
+    if error.diag is None or error.diag.schema_name != "mqtt_bridge" or error.diag.table_name != "ledger":
+        return
+    if error.pgcode == "23502" and error.diag.column_name == "client_id":
+        raise Fenced(_FENCED) from error
+    if error.pgcode == "23505":
+        raise AlreadyCommitted from error

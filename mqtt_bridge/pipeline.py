@@ -1,0 +1,372 @@
+"""From the subscriber to the database and back: queue, worker threads, batches, settling.
+
+The network thread puts messages in with `receive`, which only books and queues them. Workers, long-lived tasks of a
+thread pool, take batches, translate them, have the sink store them, and settle: the outcome is counted, the ledger
+told, and the PUBACKs released. A message is settled in one place, `_settle`, and nowhere else.
+
+Invariants: nothing leaves the queue but into a batch, and no batch is given up but by a commit, or by the end of the
+process (then it stays unacknowledged, and the broker keeps it); the account balances whenever the lock is free.
+
+Threads: `receive` and `connected` run in the network thread, `_work` in the workers, all else in any. One lock guards
+queue, account and ledger, so that a message changes its place in all three at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from mqtt_bridge.account import Account, Balance
+from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.errors import Fenced, MessageError
+from mqtt_bridge.ledger import Entry, Ledger, Seen, fingerprint
+from mqtt_bridge.model import DeadLetter, Message, Tally, Translation
+from mqtt_bridge.sink import Stopped
+from mqtt_bridge.transactions import Batch, Stored, Translated
+
+log = structlog.get_logger(__name__)
+
+MESSAGE_OVERHEAD = 400
+"""Bytes that a queued message costs beside its topic and payload, measured on CPython 3.11."""
+BATCH_BYTES = 8 << 20
+"""A batch ends early when its payloads exceed this, so that large messages do not make huge transactions."""
+
+
+class Translator(Protocol):
+    """What the pipeline needs of the router."""
+
+    def translate(self, message: Message, tally: Tally) -> Translation:
+        """The rows of `message`, or `MessageError`."""
+
+
+class Store(Protocol):
+    """What the pipeline needs of the sink."""
+
+    def store(self, batch: Batch) -> Stored:
+        """Return when `batch` is durable; `Stopped` or `Fenced` when it never will be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much the pipeline holds, and how it forms batches."""
+
+    workers: int = 2
+    batch_size: int = 2000
+    batch_wait_s: float = 0.005
+    queue_size: int = 20_000
+    queue_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A batch in a worker's hands, translated."""
+
+    messages: list[Message]
+    translated: list[Translated]
+    dead_letters: list[DeadLetter]
+    tally: Tally
+
+
+def _cost(message: Message) -> int:
+    return len(message.topic) + len(message.payload) + MESSAGE_OVERHEAD
+
+
+class Pipeline:
+    """Moves messages from `receive` into the sink, and their acknowledgements into `acks`."""
+
+    def __init__(
+        self,
+        translator: Translator,
+        store: Store,
+        *,
+        ledger: Ledger,
+        acks: AckTracker,
+        limits: Limits,
+        on_fatal: Callable[[BaseException], None],
+        keep_retained: bool = True,
+        clock_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+    ) -> None:
+        """`on_fatal` hears of what ends the bridge: `Fenced`, or an error that a worker cannot survive.
+
+        Without `keep_retained`, messages that the broker replays as retained are ignored.
+        """
+        self._translator = translator
+        self._store = store
+        self._acks = acks
+        self._limits = limits
+        self._on_fatal = on_fatal
+        self._keep_retained = keep_retained
+        self._clock_us = clock_us
+        self._executor: ThreadPoolExecutor | None = None
+        self._futures: list[Future[None]] = []
+        self._lock = threading.Lock()
+        # Guarded by the lock, with conditions that say what has changed:
+        self._arrived = threading.Condition(self._lock)
+        self._settled = threading.Condition(self._lock)
+        self._queue: deque[Message] = deque()
+        self._in_hand: dict[int, Sequence[Message]] = {}  # by id of the list, in the order taken
+        self._held = 0  # messages in the queue and in hand, and what they cost
+        self._held_bytes = 0
+        self._owed = 0  # those of them that are QoS 1
+        self._owed_bytes = 0
+        self._account = Account()
+        self._ledger = ledger
+        self._draining = False
+        self._stopped = False
+
+    # -- start and stop
+
+    def start(self) -> None:
+        """Start the workers. Idempotent."""
+        if self._executor is None:
+            workers = self._limits.workers
+            self._executor = ThreadPoolExecutor(workers, thread_name_prefix="mqtt-bridge-worker")
+            self._futures = [self._executor.submit(self._work) for _ in range(workers)]
+
+    def drain(self, timeout_s: float) -> bool:
+        """Stop lingering, and wait until nothing is in flight; False when that took too long."""
+        with self._lock:
+            self._draining = True
+            self._arrived.notify_all()
+            return self._settled.wait_for(lambda: not self._held, timeout_s)
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """End the workers; False when one still hangs in the database after `timeout_s`.
+
+        What they could not store stays unacknowledged. Idempotent, safe when never started.
+        """
+        with self._lock:
+            self._stopped = True
+            self._arrived.notify_all()
+            self._settled.notify_all()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+        return not wait(self._futures, timeout_s).not_done
+
+    @property
+    def alive(self) -> bool:
+        """Whether every worker runs, as it should from `start` to `stop`."""
+        return bool(self._futures) and not any(future.done() for future in self._futures)
+
+    # -- the network thread
+
+    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
+        """A connection to the broker begins: its acknowledgements go to `send_ack`."""
+        with self._lock:
+            self._ledger.connected(session_present=session_present)
+            self._acks.open(send_ack)
+
+    def disconnected(self) -> None:
+        """The connection has ended: nothing may be acknowledged until the next one."""
+        self._acks.close()
+
+    def receive(
+        self,
+        topic: bytes,
+        payload: bytes,
+        *,
+        qos: int,
+        retain: bool,
+        packet_id: int = 0,
+        dup: bool = False,
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take one message in. Never blocks on the database, never raises for the sake of a message."""
+        message = Message(topic, payload, qos, retain, self._clock_us(), properties=properties)
+        if qos == 0:
+            self._receive_unacknowledged(message)
+            return
+        mark = fingerprint(topic, payload, retain=retain)
+        with self._lock:
+            # Decided here: is this delivery new, and where does it stand in this connection's receive order?
+            self._account.received += 1
+            position, seen = self._ledger.place(packet_id, mark, dup=dup)
+            if seen is not Seen.RESENT:
+                self._acks.add(position, packet_id, finished=seen is Seen.COMMITTED)
+            if seen is Seen.NEW:
+                self._enqueue(message._replace(position=position, fingerprint=mark))
+            else:
+                self._account.book("duplicate")
+
+    def _receive_unacknowledged(self, message: Message) -> None:
+        with self._lock:
+            # Decided here: QoS 0 is dropped, newest first, when there is no room; nothing else ever is.
+            self._account.received += 1
+            if self._held >= self._limits.queue_size or self._held_bytes >= self._limits.queue_bytes:
+                self._account.book("dropped")
+            else:
+                self._enqueue(message)
+
+    def _enqueue(self, message: Message) -> None:
+        self._queue.append(message)
+        self._hold([message], 1)
+        # Wake a worker for the first message, and when a batch is full: not for each.
+        depth = len(self._queue)
+        if depth == 1 or depth % self._limits.batch_size == 0:
+            self._arrived.notify()
+
+    def _hold(self, messages: Sequence[Message], sign: int) -> None:
+        """Count messages in (1) or out (-1) of what is held."""
+        owed = [message for message in messages if message.qos]
+        self._held += sign * len(messages)
+        self._held_bytes += sign * sum(map(_cost, messages))
+        self._owed += sign * len(owed)
+        self._owed_bytes += sign * sum(map(_cost, owed))
+
+    @property
+    def full(self) -> bool:
+        """Whether as much QoS 1 is held as may be: then the subscriber should stop reading.
+
+        QoS 0 does not count: a flood of it is dropped, and must not keep QoS 1 out.
+        """
+        return self._owed >= self._limits.queue_size or self._owed_bytes >= self._limits.queue_bytes
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until there is room again; False when that takes longer than `timeout_s`."""
+        with self._lock:
+            return self._settled.wait_for(lambda: self._stopped or not self.full, timeout_s)
+
+    # -- the workers
+
+    def _work(self) -> None:
+        """A worker's life. An error here is a bug or the end: it must not die unseen, holding its batch."""
+        try:
+            while messages := self._take():
+                self._process(messages)
+        except Stopped:
+            log.info("a batch is left to the broker, which will deliver it again")
+        except Fenced as error:
+            self._on_fatal(error)
+        except BaseException as error:
+            log.critical("a worker has died; its batch stays unacknowledged", exc_info=True)
+            self._on_fatal(error)
+
+    def _take(self) -> list[Message]:
+        """The next batch: whatever is there after a short wait for more. Empty when the pipeline stops."""
+        with self._lock:
+            # Decided here: which messages are in whose hands.
+            messages: list[Message] = []
+            while not messages:
+                self._arrived.wait_for(lambda: self._queue or self._stopped)
+                if self._stopped:
+                    return []
+                self._linger()
+                messages = self._pop()
+            if self._queue:
+                self._arrived.notify()  # more than one batch was waiting
+            self._in_hand[id(messages)] = messages
+            return messages
+
+    def _linger(self) -> None:
+        """Give a small batch until `batch_wait_s` after its first message to grow."""
+        while self._queue and len(self._queue) < self._limits.batch_size and not (self._draining or self._stopped):
+            left_s = self._limits.batch_wait_s - (self._clock_us() - self._queue[0].received_us) / 1e6
+            if left_s <= 0 or not self._arrived.wait(left_s):
+                return
+
+    def _pop(self) -> list[Message]:
+        messages: list[Message] = []
+        size_bytes = 0
+        while self._queue and len(messages) < self._limits.batch_size and size_bytes < BATCH_BYTES:
+            message = self._queue.popleft()
+            size_bytes += len(message.payload)
+            messages.append(message)
+        return messages
+
+    def _process(self, messages: list[Message]) -> None:
+        work = self._translate(messages)
+        if not work.translated and not work.dead_letters:
+            self._settle(work, None, Stored())
+            return
+        with self._lock:
+            entry = self._ledger.entry(messages)
+        stored = self._store.store(Batch(entry, work.translated, work.dead_letters))
+        self._settle(work, entry, stored)
+
+    def _translate(self, messages: list[Message]) -> _Work:
+        """What is to be stored of `messages`; those that are ignored are only counted, in the tally."""
+        work = _Work(messages, [], [], Tally())
+        for message in messages:
+            if message.retain and not self._keep_retained:
+                work.tally.ignore("retained")
+                continue
+            try:
+                translation = self._translator.translate(message, work.tally)
+            except MessageError as error:
+                work.dead_letters.append(DeadLetter(message, error.route, error.stage, error.reason))
+            except Exception as error:  # a bug in a decoder costs this message, not the stream
+                log.exception("a message could not be decoded for an unforeseen reason", topic=message.topic)
+                reason = f"unforeseen {type(error).__name__}: {error}"
+                work.dead_letters.append(DeadLetter(message, None, "decode", reason))
+            else:
+                if translation.ignored is None:
+                    work.translated.append((message, translation))
+                else:
+                    work.tally.ignore(translation.ignored)
+        return work
+
+    def _settle(self, work: _Work, entry: Entry | None, stored: Stored) -> None:
+        """The one place where messages end: tell the ledger, acknowledge, count."""
+        messages = work.messages
+        positions = [message.position for message in messages if message.qos]
+        with self._lock:
+            # Before the PUBACKs: a redelivery that crosses them must find its commit here.
+            if entry is None:
+                self._ledger.forget(positions)
+            else:
+                self._ledger.settled(entry, messages)
+        self._acks.finish(positions)
+        with self._lock:
+            # After the PUBACKs: who waits for the pipeline to be empty may rely on them being sent.
+            self._book(work, stored)
+            del self._in_hand[id(messages)]
+            self._hold(messages, -1)
+            self._settled.notify_all()
+
+    def _book(self, work: _Work, stored: Stored) -> None:
+        self._account.book("stored", len(work.translated) - len(stored.refused))
+        self._account.book("ignored", sum(work.tally.ignored.values()))
+        for letter in (*work.dead_letters, *stored.refused):
+            self._account.book_dead_letter(letter.stage)
+        self._account.book_tally(work.tally)
+        self._account.book_rows(stored.rows)
+        self._account.book_latencies([message.received_us for message in work.messages], self._clock_us())
+
+    # -- what others ask
+
+    def prove(self, positions: Sequence[int]) -> None:
+        """The broker has seen the PUBACKs of these positions."""
+        with self._lock:
+            self._ledger.prove(positions)
+
+    @property
+    def session_to_raise(self) -> int | None:
+        """The session epoch that the database does not know yet, or None."""
+        with self._lock:
+            return self._ledger.session_to_raise
+
+    def session_raised(self, session_epoch: int) -> None:
+        """The database knows this session epoch now."""
+        with self._lock:
+            self._ledger.session_raised(session_epoch)
+
+    def balance(self) -> Balance:
+        """The account of messages at this moment."""
+        with self._lock:
+            in_hand = list(self._in_hand.values())
+            heads = [messages[0].received_us for messages in in_hand]
+            if self._queue:
+                heads.append(self._queue[0].received_us)
+            return self._account.balance(
+                in_flight=len(self._queue) + sum(map(len, in_hand)),
+                queue_depth=len(self._queue),
+                queue_bytes=self._held_bytes,
+                oldest_us=min(heads, default=None),
+            )

@@ -1,0 +1,250 @@
+"""The objects in PostgreSQL: what the bridge needs, whether it is there, and how to make it.
+
+Bookkeeping lives in the schema `mqtt_bridge`; readings in the table `readings`, wherever the role's search path puts
+it. What exists is used as it is and never altered: only missing objects are made, and weekly partitions only for a
+`readings` table that the bridge made itself (its comment says so). Making is serialised by an advisory lock, so any
+number of processes may start at once.
+
+Every function takes an open connection in autocommit mode and runs its own transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import resources
+
+import psycopg2
+import structlog
+from psycopg2 import sql
+from psycopg2.extensions import connection as Connection
+
+from mqtt_bridge.errors import SchemaError
+from mqtt_bridge.model import READINGS_COLUMNS
+
+log = structlog.get_logger(__name__)
+
+READINGS = "readings"
+WEEKS_AHEAD = 4
+"""Partitions are made for last week, this week, and this many weeks ahead."""
+OLDEST_SERVER = 14
+
+_BOOKKEEPING_GRANTS = {
+    "owners": "SELECT, INSERT, UPDATE",
+    "ledger": "SELECT, INSERT, DELETE",
+    "dead_letters": "SELECT, INSERT, UPDATE, DELETE",
+    "schema_version": "SELECT",
+}
+_GRANTS = {f"mqtt_bridge.{table}": privileges for table, privileges in _BOOKKEEPING_GRANTS.items()} | {
+    READINGS: "SELECT, INSERT"
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of an existing table."""
+
+    name: str
+    type: str
+    """The type's name in the catalogue: `timestamptz`, `text`, `float8` ..."""
+
+
+def ddl(now: datetime | None = None) -> str:
+    """Everything the bridge needs, as SQL that a person may read, change and apply.
+
+    `now` decides which weekly partitions are made (default: the present).
+    """
+    partitions = "\n".join(_partition_ddl(week, "") for week in _weeks(now or datetime.now(UTC)))
+    return "\n".join((_script("bookkeeping"), _script("readings"), partitions, "", _grants_comment()))
+
+
+def _script(name: str) -> str:
+    return resources.files("mqtt_bridge").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
+
+
+def _grants_comment() -> str:
+    lines = ["-- When the bridge runs as another role than the owner of these tables (here: bridge):"]
+    lines.append("-- GRANT USAGE ON SCHEMA mqtt_bridge TO bridge;")
+    lines += [f"-- GRANT {privileges} ON {table} TO bridge;" for table, privileges in _GRANTS.items()]
+    return "\n".join(lines) + "\n"
+
+
+# -- is it there?
+
+
+def ensure(connection: Connection, *, create: bool) -> None:
+    """Make sure that every object is there. Raises `SchemaError` with what is missing and how to mend it."""
+    if create and missing(connection):
+        apply(connection)
+    problems = missing(connection) or unfit(connection) or forbidden(connection)
+    if not problems:
+        return
+    sentence = "The database is not ready: " + "; ".join(problems) + "."
+    raise SchemaError(f"{sentence} Run `mqtt-bridge schema --apply`, or apply what `mqtt-bridge schema` prints.")
+
+
+def missing(connection: Connection) -> list[str]:
+    """Objects that do not exist, as `table readings is missing`."""
+    with connection.cursor() as cursor:
+        cursor.execute(_TABLES)
+        there = {name for (name,) in cursor.fetchall()}
+        cursor.execute("SELECT to_regclass(%s) IS NOT NULL", (READINGS,))
+        (readings,) = cursor.fetchone() or (False,)
+    names = [f"mqtt_bridge.{name}" for name in _BOOKKEEPING_GRANTS if name not in there]
+    return [f"table {name} is missing" for name in names + ([] if readings else [READINGS])]
+
+
+_TABLES = """
+SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'mqtt_bridge'
+"""
+
+READINGS_TYPES: Mapping[str, frozenset[str]] = {
+    "time": frozenset({"timestamptz"}),
+    "device": frozenset({"text", "varchar"}),
+    "metric": frozenset({"text", "varchar"}),
+    "value": frozenset({"float8"}),
+    "value_text": frozenset({"text", "varchar"}),
+}
+"""Types that a `readings` table of your own may have. Binary COPY does not check them: eight bytes of a float are
+eight bytes of a bigint, and would be stored as garbage."""
+
+
+def unfit(connection: Connection) -> list[str]:
+    """What keeps an existing `readings` from taking readings: missing columns, wrong types, columns to be filled."""
+    columns = {column.name: column for column in columns_of(connection, READINGS)}
+    problems = [f"table {READINGS} has no column {name}" for name in READINGS_COLUMNS if name not in columns]
+    for name in READINGS_COLUMNS:
+        if name in columns and columns[name].type not in READINGS_TYPES[name]:
+            wanted = " or ".join(sorted(READINGS_TYPES[name]))
+            problems.append(f"column {READINGS}.{name} is of type {columns[name].type}, not {wanted}")
+    return problems
+
+
+def columns_of(connection: Connection, table: str) -> tuple[Column, ...]:
+    """The columns of `table` (looked up along the search path), in their order; none when there is no such table."""
+    with connection.cursor() as cursor:
+        cursor.execute(_COLUMNS, (sql.Identifier(*table.split(".")).as_string(connection),))
+        return tuple(Column(name, type_) for name, type_ in cursor.fetchall())
+
+
+_COLUMNS = """
+SELECT a.attname, t.typname FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+"""
+
+
+def forbidden(connection: Connection) -> list[str]:
+    """Privileges that this role lacks, as the GRANT that gives them."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_user, has_schema_privilege('mqtt_bridge', 'USAGE')")
+        role, usage = cursor.fetchone() or ("", False)
+        if not usage:
+            return [f"a grant is missing: {_grant('USAGE', 'SCHEMA mqtt_bridge', role, connection)}"]
+        lacking = [
+            _grant(privileges, table, role, connection)
+            for table, privileges in _GRANTS.items()
+            if not _may(cursor, table, privileges)
+        ]
+    return [f"a grant is missing: {grant}" for grant in lacking]
+
+
+def _may(cursor: psycopg2.extensions.cursor, table: str, privileges: str) -> bool:
+    cursor.execute(
+        "SELECT bool_and(has_table_privilege(%s, privilege)) FROM unnest(%s) AS privilege",
+        (table, privileges.split(", ")),
+    )
+    (allowed,) = cursor.fetchone() or (False,)
+    return bool(allowed)
+
+
+def _grant(privileges: str, what: str, role: str, connection: Connection) -> str:
+    return f"GRANT {privileges} ON {what} TO {sql.Identifier(role).as_string(connection)}"
+
+
+def server_version(connection: Connection) -> int:
+    """Major version of the server, as 16."""
+    return connection.info.server_version // 10_000
+
+
+# -- make it
+
+
+def apply(connection: Connection, *, now: datetime | None = None) -> None:
+    """Create what is missing. Safe to run from any number of processes at once, and again."""
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended('mqtt_bridge schema', 0))")
+        lacking = missing(connection)
+        if any("mqtt_bridge." in item for item in lacking):
+            cursor.execute(_script("bookkeeping"))
+        if any(READINGS in item for item in lacking):
+            cursor.execute(_script("readings"))
+        cursor.execute("COMMIT")
+    make_partitions(connection, now or datetime.now(UTC))
+
+
+def make_partitions(connection: Connection, now: datetime) -> list[str]:
+    """Make the weekly partitions of `readings` that are missing around `now`; returns the names of those made.
+
+    Does nothing for a table that the bridge did not make. A week whose rows are already in the default partition
+    stays there: PostgreSQL refuses the partition, and a warning says so.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_OWN_TABLE, (READINGS,))
+        found = cursor.fetchone()
+        if not found:
+            return []
+        namespace, present = found
+    absent = [week for week in _weeks(now) if _partition_name(week) not in present]
+    return [_partition_name(week) for week in absent if _make_partition(connection, namespace, week)]
+
+
+_OWN_TABLE = """
+SELECT n.nspname, ARRAY(SELECT p.relname::text FROM pg_inherits i JOIN pg_class p ON p.oid = i.inhrelid
+                        WHERE i.inhparent = c.oid)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid = to_regclass(%s) AND c.relkind = 'p' AND obj_description(c.oid, 'pg_class') LIKE 'Made by mqtt-bridge%%'
+"""
+
+
+def _make_partition(connection: Connection, namespace: str, week: datetime) -> bool:
+    prefix = sql.Identifier(namespace).as_string(connection) + "."
+    with connection.cursor() as cursor:
+        try:
+            cursor.execute("BEGIN; SET LOCAL lock_timeout = '5s'; " + _partition_ddl(week, prefix) + " COMMIT")
+        except psycopg2.errors.CheckViolation:
+            cursor.execute("ROLLBACK")
+            log.warning("rows of this week are in the default partition and stay there", week=f"{week:%Y-%m-%d}")
+            return False
+        except psycopg2.Error as error:
+            if not connection.closed:
+                cursor.execute("ROLLBACK")
+            if error.pgcode not in ("42P07", "55P03", "42501"):
+                raise
+            # Another process made it first, the table is locked, or it is another role's: there is a default partition.
+            log.info("partition not made", week=f"{week:%Y-%m-%d}", reason=str(error).strip())
+            return False
+    return True
+
+
+def _weeks(now: datetime) -> Iterator[datetime]:
+    """Mondays, midnight UTC, of the weeks that should have a partition."""
+    today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    monday = today - timedelta(days=today.weekday())
+    for offset in range(-1, WEEKS_AHEAD + 1):
+        yield monday + timedelta(weeks=offset)
+
+
+def _partition_name(week: datetime) -> str:
+    return f"{READINGS}_{week:%Gw%V}"
+
+
+def _partition_ddl(week: datetime, prefix: str) -> str:
+    """Made apart and then attached: unlike CREATE ... PARTITION OF, that lets writers of other weeks go on."""
+    name = prefix + _partition_name(week)
+    return (
+        f"CREATE TABLE {name} (LIKE {prefix}{READINGS});"
+        f" ALTER TABLE {prefix}{READINGS} ATTACH PARTITION {name}"
+        f" FOR VALUES FROM ('{week:%Y-%m-%d} 00:00+00') TO ('{week + timedelta(weeks=1):%Y-%m-%d} 00:00+00');"
+    )

