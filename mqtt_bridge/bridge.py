@@ -90,6 +90,7 @@ class Bridge:
             ),
             keep_retained=settings.mqtt_retained != "never",
             on_fatal=self._fail,
+            on_session_lost=lambda: self._tender_wakes.set(),
         )
         self._subscriber = Subscriber(settings, filters=self._router.filters, inbox=self._pipeline, acks=self._acks)
         self._metrics = Exposition(self.observe)
@@ -103,6 +104,7 @@ class Bridge:
             metrics=self._metrics.render,
         )
         self._rates = Rates()
+        self._tender_wakes = threading.Event()
         self._tender = threading.Thread(target=self._tend, name="mqtt-bridge-tender", daemon=True)
         self._stopping = threading.Event()
         self._stopped = threading.Event()
@@ -180,6 +182,7 @@ class Bridge:
         if not self._pipeline.stop(max(1.0, deadline_s - time.monotonic())):
             log.warning("a worker hangs in the database; its batch is left to the broker", stacks=stacks())
         self._stopped.set()
+        self._tender_wakes.set()
         if self._tender.is_alive():
             self._tender.join(timeout=2.0)
         self._connections.close()
@@ -195,19 +198,24 @@ class Bridge:
             )
         if not self._subscriber.leave(max(0.5, deadline_s - time.monotonic() - 1.0)):
             log.warning("the broker has not confirmed the last acknowledgements; the ledger will recognise them")
+        if drained:
+            self._tend_to(self._prune)
 
     # -- the tender
 
     def _tend(self) -> None:
         every = (
+            (0.0, self._raise_session),
             (1.0, self._sample),
-            (1.0, self._raise_session),
             (PROBE_EVERY_S, self._sink.probe),
             (REPORT_EVERY_S, self._report),
+            (REPORT_EVERY_S, self._prune),
             (HOUSEKEEPING_EVERY_S, self._keep_house),
         )
         due_s = {action: time.monotonic() + (0.0 if pause_s < REPORT_EVERY_S else pause_s) for pause_s, action in every}
-        while not self._stopped.wait(1.0):
+        while not self._stopped.is_set():
+            self._tender_wakes.wait(1.0)
+            self._tender_wakes.clear()
             for pause_s, action in every:
                 if time.monotonic() >= due_s[action]:
                     due_s[action] = time.monotonic() + pause_s
@@ -235,6 +243,11 @@ class Bridge:
     def _report(self) -> None:
         balance = self._pipeline.balance()
         log.info("account", received=balance.received, in_flight=balance.in_flight, **balance.outcomes)
+
+    def _prune(self) -> None:
+        """Empty the ledger of what is proven, where no batch has come to do so."""
+        while keys := self._pipeline.take_prunable():
+            self._sink.prune(keys)
 
     def _keep_house(self) -> None:
         if not self._began_receiving:

@@ -217,6 +217,8 @@ class BrokerConnection:
         self.session_present = flags.session_present
         self._inbox.connected(session_present=flags.session_present, send_ack=self.acknowledge)
         self._connected_s = self._subscribe_at_s = self._clock()
+        # The session has its subscriptions; the SUBACK of this connection may be queued behind a long backlog.
+        self.subscribed = flags.session_present and self._subscribed_before
         self._compare_grants(properties)
 
     def _compare_grants(self, properties: Any) -> None:
@@ -261,8 +263,7 @@ class BrokerConnection:
 
     def _subscribe(self) -> None:
         """SUBSCRIBE on every connect, but for MQTT 3.1.1, where each SUBSCRIBE would bring the retained messages."""
-        if not self._is_v5 and self.session_present and self._subscribed_before:
-            self.subscribed = True
+        if not self._is_v5 and self.subscribed:
             return
         _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._wire_filters()])
 
@@ -282,6 +283,7 @@ class BrokerConnection:
         refused = [(name, r) for name, r in zip(self._filters, reasons, strict=False) if r.is_failure]
         if refused:
             names = ", ".join(f"{name} ({reason})" for name, reason in refused)
+            self.subscribed = False
             self.problem = (
                 f"the broker refused to subscribe to {names}. Allow it in the broker's ACL, or change MQTT_TOPICS."
             )

@@ -225,9 +225,8 @@ class Ledger:
         """The ledger row of a new batch of these messages, with a key of its own."""
         self._batches += 1
         key = BatchKey(self._owner_epoch, self._batches)
-        pruned, self._prunable = tuple(self._prunable[:PRUNE_AT_ONCE]), self._prunable[PRUNE_AT_ONCE:]
         first, fingerprints = self._fingerprints(messages)
-        return Entry(key, self._session_epoch, first, fingerprints, pruned, self._session_raised)
+        return Entry(key, self._session_epoch, first, fingerprints, self.take_prunable(), self._session_raised)
 
     def _fingerprints(self, messages: Sequence[Message]) -> tuple[int, bytes]:
         # Deliveries of an earlier session are left out: the broker has forgotten them, they cannot come again.
@@ -283,6 +282,11 @@ class Ledger:
         self._unproven[key] -= 1
         if not self._unproven[key]:
             self._release_row(key)
+
+    def take_prunable(self) -> tuple[BatchKey, ...]:
+        """Some ledger rows that no redelivery and no retry needs any more; the caller deletes them."""
+        taken, self._prunable = tuple(self._prunable[:PRUNE_AT_ONCE]), self._prunable[PRUNE_AT_ONCE:]
+        return taken
 
     def _release_row(self, key: BatchKey) -> None:
         del self._unproven[key]
@@ -380,9 +384,19 @@ def statements(client_id: str, entry: Entry) -> sql.Composable:
         )
     )
     if entry.pruned:
-        keys = sql.SQL(", ").join(sql.SQL("({}, {})").format(sql.Literal(e), sql.Literal(b)) for e, b in entry.pruned)
-        parts.append(_PRUNE.format(client_id=me, keys=keys))
+        parts.append(_pruning(client_id, entry.pruned))
     return sql.SQL(" ").join(parts)
+
+
+def _pruning(client_id: str, keys: Sequence[BatchKey]) -> sql.Composed:
+    pairs = sql.SQL(", ").join(sql.SQL("({}, {})").format(sql.Literal(e), sql.Literal(b)) for e, b in keys)
+    return _PRUNE.format(client_id=sql.Literal(client_id), keys=pairs)
+
+
+def prune(connection: Connection, client_id: str, keys: Sequence[BatchKey]) -> None:
+    """Delete these ledger rows, where no batch comes that could do so on its way."""
+    with connection.cursor() as cursor:
+        cursor.execute(_pruning(client_id, keys))
 
 
 _RAISE_ON_THE_WAY = sql.SQL(

@@ -26,7 +26,7 @@ import structlog
 from mqtt_bridge.account import Account, Balance
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.errors import Fenced, MessageError
-from mqtt_bridge.ledger import Entry, Ledger, Seen, fingerprint
+from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
 from mqtt_bridge.model import DeadLetter, Message, Tally, Translation
 from mqtt_bridge.sink import Stopped
 from mqtt_bridge.transactions import Batch, Stored, Translated
@@ -90,18 +90,21 @@ class Pipeline:
         acks: AckTracker,
         limits: Limits,
         on_fatal: Callable[[BaseException], None],
+        on_session_lost: Callable[[], object] = lambda: None,
         keep_retained: bool = True,
         clock_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         """`on_fatal` hears of what ends the bridge: `Fenced`, or an error that a worker cannot survive.
 
-        Without `keep_retained`, messages that the broker replays as retained are ignored.
+        `on_session_lost` is called when `session_to_raise` has something to say; it must not block. Without
+        `keep_retained`, messages that the broker replays as retained are ignored.
         """
         self._translator = translator
         self._store = store
         self._acks = acks
         self._limits = limits
         self._on_fatal = on_fatal
+        self._on_session_lost = on_session_lost
         self._keep_retained = keep_retained
         self._clock_us = clock_us
         self._executor: ThreadPoolExecutor | None = None
@@ -162,6 +165,8 @@ class Pipeline:
         with self._lock:
             self._ledger.connected(session_present=session_present)
             self._acks.open(send_ack)
+        if not session_present:
+            self._on_session_lost()
 
     def disconnected(self) -> None:
         """The connection has ended: nothing may be acknowledged until the next one."""
@@ -345,6 +350,11 @@ class Pipeline:
         """The broker has seen the PUBACKs of these positions."""
         with self._lock:
             self._ledger.prove(positions)
+
+    def take_prunable(self) -> tuple[BatchKey, ...]:
+        """Ledger rows that nobody needs any more; the caller deletes them."""
+        with self._lock:
+            return self._ledger.take_prunable()
 
     @property
     def session_to_raise(self) -> int | None:

@@ -59,7 +59,7 @@ class Settings(BaseModel):
         10_000, ge=1, le=1_000_000, description="Most values in one message; more is a dead letter."
     )
     bridge_max_depth: int = Field(
-        64, ge=1, le=1000, description="Most levels of nesting in one message; more is a dead letter."
+        64, ge=1, le=256, description="Most levels of nesting in one message; more is a dead letter."
     )
     bridge_dead_letter_days: int = Field(
         90, ge=0, le=36_500, description="Days that dead letters are kept; 0 keeps them for ever."

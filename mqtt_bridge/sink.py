@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import psycopg2
@@ -25,7 +25,7 @@ from mqtt_bridge import ledger, schema
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import PAUSING, BridgeError, Failure, Fenced, Verdict, classify
-from mqtt_bridge.ledger import Claim
+from mqtt_bridge.ledger import BatchKey, Claim
 from mqtt_bridge.transactions import Batch, Stored, Transactions
 
 log = structlog.get_logger(__name__)
@@ -131,6 +131,10 @@ class Sink:
                 raise
             return False
         return True
+
+    def prune(self, keys: Sequence[BatchKey]) -> None:
+        """Delete ledger rows that nobody needs any more; what fails is found again at the next start."""
+        self.run(lambda connection: ledger.prune(connection, self._client_id, keys))
 
     def run(self, action: Callable[[BridgeConnection], T]) -> T:
         """One try of `action` on a connection of the pool."""

@@ -164,13 +164,15 @@ class Subscriber:
             return
         self._connection = connection
         try:
-            self._receive(connection)
+            on_purpose = self._receive(connection)
         finally:
             self._connection = None
-            self._complain(connection.problem or "the connection to the broker is lost; trying again.")
             connection.close()
+        if not on_purpose:
+            self._complain(connection.problem or "the connection to the broker is lost; trying again.")
 
-    def _receive(self, connection: BrokerConnection) -> None:
+    def _receive(self, connection: BrokerConnection) -> bool:
+        """Until the connection ends; True when it was ended on purpose."""
         was_connected = was_subscribed = False
         while connection.step(TICK_S):
             if connection.connected and not was_connected:
@@ -182,12 +184,14 @@ class Subscriber:
             if connection.problem:
                 self._complain(connection.problem)
             if self._leaving.is_set() and self._leave(connection):
-                return
+                return True
             if self._inbox.full and not self._wait_for_room(connection):
-                return
+                return False
             if self._acks.outstanding >= REACH:
-                connection.problem = "too many acknowledgements are unproven; reconnecting."
-                return
+                # Its answer to the barrier is queued behind a backlog larger than it was allowed to send.
+                log.info("reconnecting, to have the broker account for its backlog", unproven=self._acks.unproven)
+                return True
+        return False
 
     def _note_subscribed(self, connection: BrokerConnection) -> None:
         self._subscribed_once = True

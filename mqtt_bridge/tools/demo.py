@@ -28,7 +28,7 @@ import psycopg2
 
 from mqtt_bridge.errors import BridgeError
 from mqtt_bridge.tools.embedded import Broker, Postgres, free_port
-from mqtt_bridge.tools.simulator import Progress, Simulator, Summary
+from mqtt_bridge.tools.simulator import Simulator, Summary
 from mqtt_bridge.tools.status import NoStatus, duration, fetch
 
 Echo = Callable[[str], None]
@@ -72,9 +72,9 @@ _COUNTS = """
         (SELECT count(*) FROM mqtt_bridge.dead_letters WHERE topic NOT LIKE 'devices/sim-%')
 """
 
-_HAS_ALL = """
+_ARRIVED = """
     SELECT (SELECT count(*) FROM readings WHERE metric = 'seq' AND device LIKE 'sim-%')
-         + (SELECT count(*) FROM mqtt_bridge.dead_letters WHERE topic LIKE 'devices/sim-%') >= %s
+         + (SELECT count(*) FROM mqtt_bridge.dead_letters WHERE topic LIKE 'devices/sim-%')
 """
 
 
@@ -127,7 +127,7 @@ def run_demo(
             simulator = Simulator(HOST, demo.broker.port, devices=devices, interval_s=interval_s, duration_s=duration_s)
             summary = demo.watch(simulator, stop=stop, show=_Line(devices=devices, echo=echo, terminal=terminal))
             return 0 if demo.conclude(summary, echo) else 1
-    except (BridgeError, OSError) as error:
+    except (BridgeError, OSError, psycopg2.Error) as error:
         echo(f"The demo failed: {error}")
         return 1
 
@@ -172,7 +172,8 @@ def _introduce(demo: _Demo, echo: Echo) -> None:
         "  Publish a message of your own, from another terminal:",
         f"    {demo.broker.pub_command(_OWN_TOPIC, _OWN_PAYLOAD)}",
         "  and see what it became:",
-        f"    {demo.postgres.psql(_OWN_NEWEST, database='demo')}",
+        # Quoted by hand: shlex would make a thicket of the quotes inside.
+        f'    {demo.postgres.psql(database="demo")} -c "{_OWN_NEWEST}"',
         "",
         "  Ctrl-C ends the demo.",
         "",
@@ -193,9 +194,9 @@ class _Demo:
         """Let the devices publish, and show figures, until they are done, `stop` is set or the bridge is gone."""
         halt = threading.Event()
         with ThreadPoolExecutor(1, thread_name_prefix="demo-devices") as devices, closing(show):
-            publishing = devices.submit(simulator.run, halt, show.take)
+            publishing = devices.submit(simulator.run, halt)
             try:
-                self._show_figures(publishing, stop=stop, show=show)
+                self._show_figures(simulator, publishing, stop=stop, show=show)
             finally:
                 halt.set()
         self.bridge.check()
@@ -220,11 +221,14 @@ class _Demo:
             echo(f"Something went wrong. The log of the bridge: {self.bridge.log}")
         return well
 
-    def _show_figures(self, publishing: Future[Summary], *, stop: threading.Event, show: _Line) -> None:
+    def _show_figures(
+        self, simulator: Simulator, publishing: Future[Summary], *, stop: threading.Event, show: _Line
+    ) -> None:
         while not publishing.done() and self.bridge.is_running:
-            show.update(self.bridge.status())
+            show.update(self.bridge.status(), simulator.published)
             if stop.wait(1.0):
-                return
+                break
+        show.update(self.bridge.status(), simulator.published)
 
     def _latency(self) -> dict[str, float | None]:
         status = self.bridge.status()
@@ -235,8 +239,8 @@ class _Demo:
         with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
             connection.autocommit = True
             while time.monotonic() < deadline and self.bridge.is_running:
-                cursor.execute(_HAS_ALL, (sent,))
-                if cursor.fetchone() == (True,):
+                cursor.execute(_ARRIVED)
+                if (cursor.fetchone() or (0,))[0] >= sent:
                     return True
                 # Another process stores them: there is nothing to wait on.
                 time.sleep(0.2)
@@ -356,28 +360,23 @@ class _Bridge:
 
 
 class _Line:
-    """The one line of figures. `take` may be called by any thread, the rest by the one that shows it."""
+    """The one line of figures."""
 
     def __init__(self, *, devices: int, echo: Echo, terminal: TextIO | None) -> None:
         self._devices = devices
         self._echo = echo
         self._terminal = terminal
-        self._progress: Progress | None = None
         self._next_line = time.monotonic() + LINE_EVERY_S
 
-    def take(self, progress: Progress) -> None:
-        """What the devices have done so far."""
-        self._progress = progress
-
-    def update(self, status: Mapping[str, Any] | None) -> None:
+    def update(self, status: Mapping[str, Any] | None, sent: int) -> None:
         """Show the figures, in place on a terminal, else now and then."""
         if self._terminal is not None:
             width = shutil.get_terminal_size().columns - 1
-            self._terminal.write(f"\r{self._text(status)[:width]}\x1b[K")
+            self._terminal.write(f"\r{self._text(status, sent)[:width]}\x1b[K")
             self._terminal.flush()
         elif time.monotonic() >= self._next_line:
             self._next_line += LINE_EVERY_S
-            self._echo(self._text(status))
+            self._echo(self._text(status, sent))
 
     def close(self) -> None:
         """Leave the line standing, for what is printed next."""
@@ -385,15 +384,13 @@ class _Line:
             self._terminal.write("\n")
             self._terminal.flush()
 
-    def _text(self, status: Mapping[str, Any] | None) -> str:
-        sent = self._progress.published if self._progress else 0
+    def _text(self, status: Mapping[str, Any] | None, sent: int) -> str:
         begin = f"{self._devices:,} devices, {sent:,} sent"
         if status is None:
             return f"{begin}, the bridge does not answer"
-        messages, latency = status["messages"], status["latency_s"]
+        messages, latency, per_s = status["messages"], status["latency_s"], status["rates"]["stored_per_s"]
         return (
-            f"{begin}, {messages['stored']:,} stored, {status['rows_stored']:,} rows,"
-            f" {status['rates']['stored_per_s']:,.0f}/s,"
+            f"{begin}, {messages['stored']:,} stored, {status['rows_stored']:,} rows, {per_s:,.0f}/s,"
             f" p50 {duration(latency['p50'])}, p99 {duration(latency['p99'])}, {messages['in_flight']:,} in flight"
         )
 

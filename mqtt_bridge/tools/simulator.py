@@ -187,6 +187,11 @@ class Simulator:
                 connection.close()
         return self._summary(seconds)
 
+    @property
+    def published(self) -> int:
+        """Messages sent so far; any thread may ask."""
+        return sum(connection.published for connection in self._connections)
+
     def _publish(self, stop: threading.Event, progress: Callable[[Progress], None]) -> float:
         """Keep the schedule; the seconds it took."""
         start = time.monotonic()
@@ -196,7 +201,7 @@ class Simulator:
             if not stop.is_set():
                 self._room.clear()
                 self._send_due(elapsed_s)
-            if stop.is_set() or elapsed_s >= self._duration_s or self._published >= self._count:
+            if stop.is_set() or elapsed_s >= self._duration_s or self.published >= self._count:
                 progress(self._progress(elapsed_s))
                 return elapsed_s
             if elapsed_s >= next_report_s:
@@ -207,7 +212,7 @@ class Simulator:
     def _send_due(self, elapsed_s: float) -> None:
         until_s = min(elapsed_s + TICK_S, self._duration_s)
         for connection in self._connections:
-            connection.send_due(elapsed_s, until_s=until_s, at_most=self._count - self._published)
+            connection.send_due(elapsed_s, until_s=until_s, at_most=self._count - self.published)
 
     def _wait(self, stop: threading.Event, elapsed_s: float, *, at_most_s: float) -> None:
         """Until the next message is due, or until there is room for one that is overdue."""
@@ -218,14 +223,10 @@ class Simulator:
         elif all(connection.is_starved for connection in overdue):
             self._room.wait(min(at_most_s, STALL_S))
 
-    @property
-    def _published(self) -> int:
-        return sum(connection.published for connection in self._connections)
-
     def _progress(self, elapsed_s: float) -> Progress:
         return Progress(
             seconds=elapsed_s,
-            published=self._published,
+            published=self.published,
             acknowledged=sum(connection.acknowledged for connection in self._connections),
             in_flight=sum(connection.in_flight for connection in self._connections),
             connected=sum(connection.is_connected for connection in self._connections),
@@ -236,9 +237,9 @@ class Simulator:
         def total(name: str) -> int:
             return sum(getattr(connection, name) for connection in self._connections)
 
-        finished = self._published >= self._count
+        finished = self.published >= self._count
         return Summary(
-            published=self._published,
+            published=self.published,
             acknowledged=total("acknowledged"),
             refused=total("refused"),
             duplicates=total("duplicates"),
@@ -246,7 +247,7 @@ class Simulator:
             late=total("late"),
             missed=0 if finished else sum(connection.missed(seconds) for connection in self._connections),
             seconds=seconds,
-            rate=self._published / seconds if seconds else 0.0,
+            rate=self.published / seconds if seconds else 0.0,
             planned_rate=self._devices / self._interval_s if self._interval_s else None,
             behind_max_s=max(connection.behind_max_s for connection in self._connections),
         )
@@ -424,8 +425,11 @@ class _Connection:
             self._lock.wait_for(lambda: self.in_flight == 0, max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
+        """Disconnect, for good."""
         self._client.disconnect()
         self._client.loop_stop()
+        # paho closes its wake-up sockets when it is collected. Callbacks make a cycle, which would put that off.
+        del self._client
 
     def _take_turn(self, until_s: float) -> bool:
         due_s = self._schedule.due_s

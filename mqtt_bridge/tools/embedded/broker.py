@@ -15,30 +15,27 @@ import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from mqtt_bridge.tools.embedded.account import EmbeddedServerError
 from mqtt_bridge.tools.embedded.mosquitto import Mosquitto, find_mosquitto
-from mqtt_bridge.tools.embedded.server import HOST, EmbeddedServerError, GuardedServer, free_port, wait_until
+from mqtt_bridge.tools.embedded.server import HOST, EmbeddedServer
 
 PROJECT_CONFIG = Path(__file__).with_name("mosquitto.conf")
-
-_START_TIMEOUT_S = 30.0
-_PORT_ATTEMPTS = 5
 
 # What differs from machine to machine, and therefore is not taken from the project's file.
 _REPLACED = frozenset({"listener", "port", "bind_address", "persistence_location", "pid_file", "user", "include_dir"})
 
 
-class Broker:
-    """One Mosquitto with one persistence folder.
+class Broker(EmbeddedServer):
+    """One Mosquitto with one persistence folder, which holds mosquitto.conf, mosquitto.db and server.log.
 
-    `directory` None: a temporary one, removed at the end. `port` None: a free one, kept through restarts.
     `config_lines` are added to `config`, each in place of the lines with the same first word
-    (`["max_queued_messages 10"]`); a further `listener` line and what belongs to it may be among them.
+    (`["max_queued_messages 10"]`); a further `listener` line and what belongs to it may be among them. `stop` writes
+    sessions and queues to disk; `kill` loses what came since the last autosave.
     """
 
-    host = HOST
+    name = "mosquitto"
+    stop_signal = signal.SIGTERM
 
     def __init__(
         self,
@@ -48,80 +45,17 @@ class Broker:
         config_lines: Sequence[str] = (),
         config: Path = PROJECT_CONFIG,
     ) -> None:
-        # SIGTERM writes the persistence file.
-        self._server = GuardedServer(directory, name="mosquitto", stop_signal=signal.SIGTERM)
-        self._mosquitto: Mosquitto | None = None
-        self._port = port
-        self._may_choose_port = port is None
+        super().__init__(directory, port=port)
         self._config = config
         self._config_lines = tuple(config_lines)
+        self._mosquitto: Mosquitto | None = None
         # Whoever connects without a client id is given one with this prefix: that is how we recognise our broker.
         self._mark = f"embedded-{secrets.token_hex(8)}-"
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def port(self) -> int:
-        """The TCP port; raises EmbeddedServerError before the first start."""
-        if self._port is None:
-            raise EmbeddedServerError("mosquitto was never started.")
-        return self._port
-
-    @property
-    def running(self) -> bool:
-        """Whether the broker's process exists."""
-        return self._server.running
-
-    @property
-    def directory(self) -> Path:
-        """The folder with mosquitto.conf, mosquitto.db and server.log."""
-        return self._server.directory
-
-    def start(self) -> None:
-        """Start, and return when the broker answers. Idempotent. Raises EmbeddedServerError."""
-        if self.running:
-            return
-        self._server.open()
-        self._mosquitto = self._mosquitto or find_mosquitto(self._server.account)
-        for attempt in range(1, _PORT_ATTEMPTS + 1):
-            if self._port is None:
-                self._port = free_port()
-            if self._start_once(self._mosquitto, last=attempt == _PORT_ATTEMPTS):
-                self._may_choose_port = False
-                return
-            if self._may_choose_port:
-                self._port = None
-
-    def stop(self) -> None:
-        """SIGTERM: sessions and queues are written to disk. Idempotent; they stay until `close`."""
-        self._server.stop(signal.SIGTERM)
 
     def restart(self) -> None:
         """Stop and start on the same port, with everything that is persistent."""
         self.stop()
         self.start()
-
-    def kill(self) -> None:
-        """SIGKILL: what came since the last autosave is lost."""
-        self._server.kill()
-
-    def close(self) -> None:
-        """Stop for good, remove a temporary folder. Idempotent."""
-        try:
-            self.stop()
-        finally:
-            self._server.close()
 
     def pub_command(self, topic: str, payload: str, qos: int = 1) -> str:
         """A shell line, ready to paste, that publishes one message (through paho where mosquitto_pub is missing)."""
@@ -132,27 +66,20 @@ class Broker:
         call = f"p.single({topic!r}, {payload!r}, {qos}, hostname={HOST!r}, port={self.port})"
         return shlex.join([sys.executable, "-c", f"import paho.mqtt.publish as p; {call}"])
 
-    def _start_once(self, mosquitto: Mosquitto, *, last: bool) -> bool:
-        """True when it answers, False when another attempt may help; raises EmbeddedServerError when none will."""
-        config = self._server.directory / "mosquitto.conf"
-        config.write_text(self._configuration())
-        config.chmod(0o644)
-        self._server.launch(*mosquitto.command, "-c", config)
-        wait_until(
-            lambda: self._answers() or not self.running, "Mosquitto to start", _START_TIMEOUT_S, self._server.log_tail
-        )
-        if self.running:
-            return True
-        self._server.wait()
-        log = self._server.log_tail()
-        if not last and "Address already in use" in log:
-            return False
-        raise EmbeddedServerError(f"Mosquitto did not start.\n{log}")
+    def _prepare(self) -> None:
+        self._mosquitto = self._mosquitto or find_mosquitto(self._guarded.account)
 
-    def _configuration(self) -> str:
+    def _command(self, port: int) -> Sequence[str | Path]:
+        assert self._mosquitto is not None
+        config = self.directory / "mosquitto.conf"
+        config.write_text(self._configuration(port))
+        config.chmod(0o644)
+        return [*self._mosquitto.command, "-c", config]
+
+    def _configuration(self, port: int) -> str:
         own = [
-            f"listener {self.port} {HOST}",
-            f"persistence_location {self._server.directory}/",
+            f"listener {port} {HOST}",
+            f"persistence_location {self.directory}/",
             f"auto_id_prefix {self._mark}",
         ]
         replaced = _REPLACED.union(*(line.split()[:1] for line in self._config_lines))
@@ -160,25 +87,31 @@ class Broker:
         kept = [line for line in settings if line.split()[0] not in replaced]
         return "\n".join([*own, *kept, *self._config_lines, ""])
 
-    def _answers(self) -> bool:
-        """Whether our broker answers on the port. Raises EmbeddedServerError where somebody else's does."""
-        answer = _connect_packet_answer(self.port)
+    def _answers(self, port: int) -> bool:
+        answer = _answer_to_connect(port)
         if answer is None:
             return False
-        if self._mark.encode() in answer:
+        if self._mark.encode() in answer or (_refuses(answer) and self._survives()):
             return True
-        # A broker that wants passwords names no client id. Ours would have ended by now, had it not got the port.
-        return answer[3:4] not in (b"", b"\x00") and self._survives()
+        if self._survives():
+            raise EmbeddedServerError(f"Port {port} is answered by another broker.")
+        return False
 
     def _survives(self) -> bool:
+        """Whether our broker still runs when one that did not get its port would have ended."""
         try:
-            self._server.wait(timeout_s=0.3)
+            self._guarded.wait(timeout_s=0.5)
         except EmbeddedServerError:
             return True
         return False
 
 
-def _connect_packet_answer(port: int) -> bytes | None:
+def _refuses(connack: bytes) -> bool:
+    """A broker that wants passwords names no client id: whether it is ours cannot be read from its answer."""
+    return connack[3:4] not in (b"", b"\x00")
+
+
+def _answer_to_connect(port: int) -> bytes | None:
     """What answers a CONNECT without client id (MQTT 5, section 3.1.3.1): the CONNACK, None where nobody does."""
     connect = b"\x00\x04MQTT" + bytes([5, 0x02]) + struct.pack("!H", 10) + b"\x00" + b"\x00\x00"
     try:

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mqtt_bridge.tools.embedded.server import Account, EmbeddedServerError, cache_directory
+from mqtt_bridge.tools.embedded.account import Account, EmbeddedServerError, cache_directory
 
 _PACKAGES = ("mosquitto", "mosquitto-clients")
 

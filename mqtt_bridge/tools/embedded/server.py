@@ -1,34 +1,23 @@
-"""One server process in one folder, which never outlives the process that started it.
+"""What PostgreSQL and the broker have in common: a loopback port, and the way they start and stop.
 
-`GuardedServer` starts a server as an unprivileged account (PostgreSQL refuses root, Mosquitto drops it) in a session
-of its own, so that Ctrl-C in a terminal reaches the bridge and not its database. Beside it runs a guardian, a few
-lines of shell that hold the reading end of a pipe. When the pipe closes (the parent ended, was killed, or said so)
-the guardian stops the server and removes the folder. That works the same on Linux and macOS and costs 1 MB.
-
-Invariant: no server starts unguarded. The guardian first opens a gate (a file) and on its way out first closes it,
-then reads the pid; the server first writes its pid, then looks at the gate. Whatever the order, one sees the other.
-
-Not thread-safe: one thread at a time starts and stops a server.
+Ports are taken at random and may be snatched before the server binds: another is tried then. Whoever answers on the
+port is asked who it is before `start` returns.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import pwd
 import random
-import shutil
 import signal
 import socket
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from types import TracebackType
+from typing import ClassVar, Self
 
-from mqtt_bridge.errors import BridgeError
+from mqtt_bridge.tools.embedded.account import EmbeddedServerError
+from mqtt_bridge.tools.embedded.guarded import GuardedServer, wait_until
 
 HOST = "127.0.0.1"
 
@@ -37,247 +26,123 @@ HOST = "127.0.0.1"
 # range sooner or later connects to itself (TCP simultaneous open) and holds the port for good.
 _PORTS = range(20_000, 32_000)
 
-_STOP_TIMEOUT_S = 30.0
-
-_RUN = """
-echo $$ > "$0/server.pid" && [ -e "$0/gate" ] || exit 75
-exec "$@" >> "$0/server.log" 2>&1
-"""
-
-# $1 folder, $2 signal that stops the server, $3 "remove" or "keep". A shell has nothing better than sleep to wait for
-# a process that is not its child; a zombie counts as gone, since the first process of a container may never reap it.
-# Removal is tried again because a dying server may still create files.
-_GUARD = """
-trap '' HUP INT TERM
-gone() { ! kill -0 "$1" 2>/dev/null || grep -qs '^State:.Z' "/proc/$1/status"; }
-rm -f "$1/server.pid"
-: > "$1/gate" || exit 1
-echo ready
-read -r _
-rm -f "$1/gate"
-pid=$(cat "$1/server.pid" 2>/dev/null)
-if [ -n "$pid" ]; then
-    kill "-$2" "$pid" 2>/dev/null
-    tries=0
-    until gone "$pid"; do
-        tries=$((tries + 1))
-        if [ "$tries" -ge 100 ]; then kill -KILL "$pid" 2>/dev/null; fi
-        if [ "$tries" -ge 200 ]; then break; fi
-        sleep 0.1
-    done
-    rm -f "$1/server.pid"
-fi
-tries=0
-while [ "$3" = remove ] && [ -e "$1" ] && [ "$tries" -lt 50 ]; do
-    rm -rf "$1" 2>/dev/null
-    tries=$((tries + 1))
-    if [ -e "$1" ]; then sleep 0.1; fi
-done
-"""
+_PORT_ATTEMPTS = 5
+_START_TIMEOUT_S = 60.0
 
 
-class EmbeddedServerError(BridgeError):
-    """An embedded server cannot be found, started or stopped. The message says why and what to do."""
+class PortTaken(EmbeddedServerError):
+    """Somebody else listens on the port."""
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
-    """The account that servers run as; `uid` and `gid` are None where that is simply our own."""
+class EmbeddedServer(ABC):
+    """A server on a loopback port, in a folder of its own; a context manager.
 
-    uid: int | None = None
-    gid: int | None = None
-
-    @classmethod
-    def unprivileged(cls) -> Account:
-        """Our own account, or where that is root another existing one: nobody, else any that is not root."""
-        if os.geteuid() != 0:
-            return cls()
-        others = sorted(
-            (entry for entry in pwd.getpwall() if entry.pw_uid != 0), key=lambda entry: entry.pw_name != "nobody"
-        )
-        if not others:
-            raise EmbeddedServerError("PostgreSQL refuses to run as root, and there is no other account: add one.")
-        return cls(others[0].pw_uid, others[0].pw_gid)
-
-    def popen(
-        self, command: Sequence[str | Path], *, stdin: int, output: int | None = None, new_session: bool = False
-    ) -> subprocess.Popen[str]:
-        """`subprocess.Popen` as this account, in text mode, in a folder that it can enter."""
-        return subprocess.Popen(
-            [str(part) for part in command],
-            stdin=stdin,
-            stdout=output,
-            stderr=output,
-            text=True,
-            cwd="/",
-            user=self.uid,
-            group=self.gid,
-            extra_groups=None if self.uid is None else [],
-            start_new_session=new_session,
-        )
-
-    def run(self, *command: str | Path) -> str:
-        """Run a short command as this account; its standard output. Raises EmbeddedServerError if it fails."""
-        try:
-            process = self.popen(command, stdin=subprocess.DEVNULL, output=subprocess.PIPE)
-        except OSError as error:
-            raise EmbeddedServerError(f"{command[0]} cannot be run: {error}.") from error
-        with process:
-            output, errors = process.communicate(timeout=60)
-        if process.returncode:
-            raise EmbeddedServerError(f"{command[0]} failed ({process.returncode}): {errors.strip() or output.strip()}")
-        return output
-
-    def can_run(self, *command: str | Path) -> bool:
-        """Whether a short command works for this account."""
-        with contextlib.suppress(EmbeddedServerError):
-            self.run(*command)
-            return True
-        return False
-
-
-class GuardedServer:
-    """One folder, one server process in it, one guardian beside both.
-
-    `directory` None makes a temporary folder that disappears with `close`; a folder that is given is kept.
-    `stop_signal` ends the server when the parent has died.
+    `directory` None: a temporary one, removed at the end. `port` None: a free one, kept through restarts.
     """
 
-    def __init__(self, directory: Path | None, *, name: str, stop_signal: signal.Signals) -> None:
-        self.account = Account.unprivileged()
-        self._given = directory
-        self._name = name
-        self._stop_signal = stop_signal
-        self._directory: Path | None = None
-        self._guardian: subprocess.Popen[str] | None = None
-        self._process: subprocess.Popen[str] | None = None
+    host = HOST
+    name: ClassVar[str]
+    stop_signal: ClassVar[signal.Signals]
+    """What ends the server in good order."""
+
+    def __init__(self, directory: Path | None, *, port: int | None) -> None:
+        self._guarded = GuardedServer(directory, name=self.name, stop_signal=self.stop_signal)
+        self._port = port
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
-    def directory(self) -> Path:
-        """The server's folder; raises EmbeddedServerError before the first start."""
-        if self._directory is None:
-            raise EmbeddedServerError(f"{self._name} was never started.")
-        return self._directory
-
-    @property
-    def pid(self) -> int | None:
-        """The server's process id, None when it does not run."""
-        return self._process.pid if self._process is not None and self._process.poll() is None else None
+    def port(self) -> int:
+        """The TCP port; raises EmbeddedServerError before the first start."""
+        if self._port is None:
+            raise EmbeddedServerError(f"{self.name} was never started.")
+        return self._port
 
     @property
     def running(self) -> bool:
-        """Whether the process exists (not: whether it answers)."""
-        return self.pid is not None
+        """Whether the server's process exists."""
+        return self._guarded.running
 
-    def open(self) -> Self:
-        """Make the folder and start the guardian. Idempotent."""
-        if self._guardian is None:
-            self._directory = self._make_directory()
-            self._guardian = self._start_guardian()
-        return self
+    @property
+    def directory(self) -> Path:
+        """The folder that holds the server's data and server.log; raises EmbeddedServerError before the first start."""
+        return self._guarded.directory
 
-    def launch(self, *command: str | Path) -> None:
-        """Start `command` in the folder, its output appended to server.log. One at a time."""
+    def start(self) -> None:
+        """Start, and return when the server answers. Idempotent. Raises EmbeddedServerError."""
         if self.running:
-            raise EmbeddedServerError(f"{self._name} runs already.")
-        self.open()
-        self._process = self.account.popen(
-            ["/bin/sh", "-c", _RUN, self.directory, *command], stdin=subprocess.DEVNULL, new_session=True
-        )
+            return
+        self._guarded.open()
+        self._prepare()
+        if self._port is not None:
+            self._start_on(self._port)
+        else:
+            self._port = self._start_on_a_free_port()
 
-    def wait(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
-        """Wait for the process to end, return its exit code (0 if there is none)."""
-        if self._process is None:
-            return 0
-        try:
-            code = self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise EmbeddedServerError(f"{self._name} did not end within {timeout_s:g} s.\n{self.log_tail()}") from error
-        # Else the guardian could signal a stranger that was given the same pid later.
-        (self.directory / "server.pid").unlink(missing_ok=True)
-        return code
-
-    def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the server's main process, if there is one."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
-
-    def stop(self, number: signal.Signals) -> None:
-        """End the server with this signal and wait; SIGKILL where it does not obey. Idempotent."""
-        self.send_signal(number)
-        try:
-            self.wait()
-        except EmbeddedServerError:
-            self.kill()
-            raise
+    def stop(self) -> None:
+        """Stop in good order. Idempotent; the data stay until `close`."""
+        self._guarded.stop(self.stop_signal)
 
     def kill(self) -> None:
-        """SIGKILL for the server and all its children at once, as if the machine had lost power to it."""
-        pid = self.pid
-        if pid is None:
-            self.wait()
-            return
-        self.send_signal(signal.SIGSTOP)  # so that it makes no further children while we look for them
-        children = _children(pid)
-        for process in [pid, *children]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        self.wait()
-        wait_until(lambda: not any(_exists(child) for child in children), f"{self._name}'s children to end")
+        """SIGKILL, for the server and all its processes; what was not on disk is lost."""
+        self._guarded.kill()
 
     def close(self) -> None:
-        """Kill what still runs, dismiss the guardian, which removes a temporary folder. Idempotent."""
-        self.kill()
-        self._process = None
-        guardian, self._guardian = self._guardian, None
-        if guardian is not None:
-            with contextlib.suppress(OSError):
-                guardian.communicate("the server is gone\n", timeout=_STOP_TIMEOUT_S)
-        if self._given is None and self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)  # what we, as root, may have put there
-        self._directory = None
+        """Stop for good, remove a temporary folder. Idempotent."""
+        try:
+            self.stop()
+        finally:
+            self._guarded.close()
 
-    def log_tail(self, lines: int = 15) -> str:
-        """The last lines the server wrote."""
-        log = self.directory / "server.log"
-        text = log.read_text(errors="replace") if log.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Find the programs, make the data; before every start."""
 
-    def _make_directory(self) -> Path:
-        if self._given is None:
-            return self._make_temporary_directory()
-        self._given.mkdir(parents=True, exist_ok=True)
-        if self.account.uid is not None:
-            shutil.chown(self._given, self.account.uid, self.account.gid)
-        if not self.account.can_run("/bin/sh", "-c", 'cd "$0" && [ -w . ]', self._given.resolve()):
-            raise EmbeddedServerError(
-                f"{self._given} cannot be reached by uid {self.account.uid}, as which {self._name} runs"
-                " because it may not run as root: choose a folder below directories that everybody may enter."
-            )
-        return self._given.resolve()
+    @abstractmethod
+    def _command(self, port: int) -> Sequence[str | Path]:
+        """The command line that serves this port."""
 
-    def _make_temporary_directory(self) -> Path:
-        # The account makes it itself: that proves that it can reach it and will be able to remove it.
-        for parent in dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp"]):
-            template = f"{parent}/mqtt-bridge-{self._name}-XXXXXXXX"
-            with contextlib.suppress(EmbeddedServerError):
-                return Path(self.account.run("mktemp", "-d", template).strip()).resolve()
-        raise EmbeddedServerError("No temporary folder can be written to: make /tmp writable or set TMPDIR.")
+    @abstractmethod
+    def _answers(self, port: int) -> bool:
+        """Whether this very server answers; raises EmbeddedServerError when another one does."""
 
-    def _start_guardian(self) -> subprocess.Popen[str]:
-        remove = "keep" if self._given is not None else "remove"
-        stop = self._stop_signal.name.removeprefix("SIG")
-        guardian = self.account.popen(
-            ["/bin/sh", "-c", _GUARD, "mqtt-bridge-guardian", self.directory, stop, remove],
-            stdin=subprocess.PIPE,
-            output=subprocess.PIPE,
-            new_session=True,
+    def _start_on_a_free_port(self) -> int:
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            port = free_port()
+            try:
+                self._start_on(port)
+            except PortTaken:
+                if attempt == _PORT_ATTEMPTS:
+                    raise
+            else:
+                return port
+        raise AssertionError("the last attempt returns or raises")
+
+    def _start_on(self, port: int) -> None:
+        self._guarded.launch(*self._command(port))
+        wait_until(
+            lambda: not self.running or self._answers(port),
+            f"{self.name} to start",
+            timeout_s=_START_TIMEOUT_S,
+            log=self._guarded.log_tail,
         )
-        assert guardian.stdout is not None
-        if guardian.stdout.readline() != "ready\n":
-            guardian.communicate()
-            raise EmbeddedServerError(f"{self.directory} cannot be written to.")
-        return guardian
+        if self.running:
+            return
+        self._guarded.wait()
+        log = self._guarded.log_tail()
+        failure = PortTaken if "Address already in use" in log else EmbeddedServerError
+        raise failure(f"{self.name} did not start on port {port}.\n{log}")
 
 
 def free_port() -> int:
@@ -287,52 +152,3 @@ def free_port() -> int:
             probe.bind((HOST, port))
             return port
     raise EmbeddedServerError(f"No free port between {_PORTS.start} and {_PORTS.stop}.")
-
-
-def wait_until(
-    predicate: Callable[[], bool], what: str, timeout_s: float = _STOP_TIMEOUT_S, log: Callable[[], str] = str
-) -> None:
-    """Look every 20 ms (a foreign process gives no event to wait on); EmbeddedServerError when time is up."""
-    deadline = time.monotonic() + timeout_s
-    while not predicate():
-        if time.monotonic() > deadline:
-            raise EmbeddedServerError(f"Waited {timeout_s:g} s for {what}.\n{log()}".rstrip())
-        time.sleep(0.02)
-
-
-def cache_directory() -> Path:
-    """A folder for unpacked programs. As root not in the home: the account that runs them could not reach it."""
-    path = Path("/var/cache/mqtt-bridge") if os.geteuid() == 0 else Path.home() / ".cache" / "mqtt-bridge"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EmbeddedServerError(f"{path} cannot be made: {error}.") from error
-    return path
-
-
-def _children(pid: int) -> list[int]:
-    listing = _list_processes()
-    return [child for child, parent in listing if parent == pid]
-
-
-def _list_processes() -> list[tuple[int, int]]:
-    """(pid, parent) of all but zombies: from /proc where there is one (small images have no ps), else from ps."""
-    if Path("/proc/self/stat").exists():
-        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-        return [(pid, parent) for pid in pids if (parent := _parent(pid)) is not None]
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], check=True, capture_output=True, text=True).stdout
-    fields = [line.split() for line in listing.splitlines()]
-    return [(int(pid), int(parent)) for pid, parent, state in fields if not state.startswith("Z")]
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    state, parent = text.rpartition(")")[2].split()[:2]  # the name, in parentheses, may hold anything
-    return None if state == "Z" else int(parent)
-
-
-def _exists(pid: int) -> bool:
-    return any(process == pid for process, _ in _list_processes())
