@@ -128,6 +128,9 @@ class Bridge:
             pass  # asked to stop while the database was still awaited
         except Fenced as error:
             self._fail(error)
+        except Exception as error:  # the supervisor must see the end, not a process that hangs with half its threads
+            log.critical("the bridge failed for an unforeseen reason", exc_info=True)
+            self._fail(error)
         self._shut_down()
         return self._exit_code()
 

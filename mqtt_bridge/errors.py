@@ -216,7 +216,10 @@ def _connect_remedy(text: str) -> str:
 
 
 _SQLSTATE_REMEDIES = {
-    "42501": "Grant what is missing to the user in DATABASE_URL: `mqtt-bridge schema` prints objects and grants.",
+    "42501": (
+        "Grant what is missing to the user in DATABASE_URL: `mqtt-bridge schema` prints objects and grants"
+        " (PostgreSQL 15 and newer refuse CREATE in the schema public to ordinary roles)."
+    ),
     "42P01": "Create the table: `mqtt-bridge schema --apply`, or set DB_AUTO_CREATE=true.",
     "42703": "Add the column, or let the bridge write to another table: `mqtt-bridge schema` prints what it expects.",
     "3F000": "Create the schema: `mqtt-bridge schema --apply`, or set DB_AUTO_CREATE=true.",

@@ -47,6 +47,9 @@ LAP = 65_535
 """Packet ids run from 1 to this, then start again."""
 REACH = 30_000
 """How many positions a redelivery can reach back: less than half a lap, so that distances are never ambiguous."""
+SWEEP = 2_000
+"""What is out of reach is forgotten each time so many positions have passed: REACH + SWEEP is below half a lap too,
+so what a restarted process finds in the database is never further away than a distance can tell."""
 
 PRUNE_AT_ONCE = 500
 """Ledger rows deleted by one batch at most, to keep its statement small."""
@@ -119,6 +122,7 @@ class Ledger:
         self._last_id: int | None = None
         self._last_position = 0
         self._highest = 0  # highest position ever given
+        self._swept = 0  # the same when what is out of reach was last forgotten
         self._pending: dict[int, bytes] = {}
         self._committed: dict[int, tuple[bytes, BatchKey]] = {}
         self._here: set[int] = set()  # known positions that were delivered on the current connection
@@ -193,6 +197,9 @@ class Ledger:
         distance = (packet_id - self._last_id) % LAP
         if distance > LAP // 2:
             distance -= LAP
+        if self._last_position + distance < self._session_start:  # older than all that is known: nothing to compare
+            self._start_counting_anew()
+            return self._last_position + packet_id, True
         return self._last_position + distance, distance > 0
 
     def _recognise(self, position: int, mark: bytes) -> Seen:
@@ -206,6 +213,8 @@ class Ledger:
         self._here.add(position)
         self._last_position, self._last_id = position, packet_id
         self._highest = max(self._highest, position)
+        if self._highest - self._swept > SWEEP:
+            self._forget_out_of_reach()
 
     def _lose_count(self, packet_id: int, *, dup: bool) -> int:
         """The broker's ids step as no incrementing broker's do: positions can no longer be trusted to match."""
@@ -247,8 +256,6 @@ class Ledger:
                 self._commit(message.position, mark, entry.key)
         if not self._unproven[entry.key]:
             self._release_row(entry.key)
-        if len(self._committed) > REACH + 10_000:
-            self._forget_out_of_reach()
 
     def _commit(self, position: int, mark: bytes, key: BatchKey) -> None:
         self._committed[position] = (mark, key)
@@ -294,6 +301,7 @@ class Ledger:
 
     def _forget_out_of_reach(self) -> None:
         """Positions too old to come again. Acknowledged before a cut, the broker never mentions them."""
+        self._swept = self._highest
         floor = self._highest - REACH
         self.prove([position for position in self._committed if position < floor])
         self._here = {position for position in self._here if position >= floor}

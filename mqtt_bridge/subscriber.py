@@ -174,7 +174,7 @@ class Subscriber:
     def _receive(self, connection: BrokerConnection) -> bool:
         """Until the connection ends; True when it was ended on purpose."""
         was_connected = was_subscribed = False
-        while connection.step(TICK_S):
+        while not self._gone.is_set() and connection.step(TICK_S):
             if connection.connected and not was_connected:
                 was_connected = True
                 self._connects += 1

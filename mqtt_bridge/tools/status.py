@@ -97,7 +97,8 @@ def _get(url: str, token: str | None) -> tuple[int, bytes]:
         with error:
             return error.code, error.read()
     except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
+        cause = getattr(error, "reason", None) or error
+        reason = getattr(cause, "strerror", None) or cause
         raise NoStatus(
             f"No bridge answers at {url}: {reason}. Is it running, with HTTP on (HTTP_PORT is not 0)?"
             " HTTP_HOST and HTTP_PORT have to be the ones it was started with."
