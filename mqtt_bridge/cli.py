@@ -30,22 +30,21 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 def main() -> None:
     """Entry point of the console script; turns the errors of the bridge into one clear message and an exit code."""
+    code = EXIT_FAILED
     try:
-        group(prog_name="mqtt-bridge", standalone_mode=False)
-    except click.exceptions.Exit as end:
-        _leave(end.exit_code)
+        # Without its standalone mode click returns the code of an `Exit`, and the commands return None.
+        code = group(prog_name="mqtt-bridge", standalone_mode=False) or EXIT_OK
     except click.Abort:
-        _leave(130)
+        click.echo("aborted", err=True)
     except click.ClickException as error:
         error.show()
-        _leave(EXIT_SETTINGS if isinstance(error, click.UsageError) else EXIT_FAILED)
+        code = EXIT_SETTINGS if isinstance(error, click.UsageError) else EXIT_FAILED
     except SettingsError as error:
         _tell(error)
-        _leave(EXIT_SETTINGS)
+        code = EXIT_SETTINGS
     except BridgeError as error:
         click.echo(f"mqtt-bridge: {error}", err=True)
-        _leave(EXIT_FAILED)
-    _leave(EXIT_OK)
+    _leave(code)
 
 
 def _tell(error: SettingsError) -> None:
@@ -144,13 +143,8 @@ def demo(devices: int, interval: float, duration: float | None) -> None:
     logs.configure("warning", "console")
     stop = threading.Event()
     with _stopping(stop.set):
-        code = run_demo(devices=devices, interval_s=interval, duration_s=duration, stop=stop, echo=_echo)
+        code = run_demo(devices=devices, interval_s=interval, duration_s=duration, stop=stop, echo=click.echo)
     raise click.exceptions.Exit(code)
-
-
-def _echo(text: str) -> None:
-    click.echo(text, nl=not text.startswith("\r"))
-    sys.stdout.flush()
 
 
 @group.command(

