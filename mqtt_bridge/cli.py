@@ -285,7 +285,7 @@ Examples:
 @click.option("--bursts", default=0.0, type=click.FloatRange(0, 1), help="Share of messages that come in bursts.")
 def simulate(duration: float | None, count: int | None, interval: float, **options: Any) -> None:
     """Publish the readings of simulated devices to the broker of the settings."""
-    from mqtt_bridge.tools.simulator import Simulator
+    from mqtt_bridge.tools.simulator import Simulator, render
 
     settings = _settings()
     username, password = settings.mqtt_credentials()
@@ -305,7 +305,7 @@ def simulate(duration: float | None, count: int | None, interval: float, **optio
     stop = threading.Event()
     with _stopping(stop.set), _progress_bar(count, duration) as progress:
         summary = simulator.run(stop, progress)
-    click.echo(str(summary))
+    click.echo(render(summary))
 
 
 @contextmanager

@@ -120,6 +120,23 @@ class Summary:
         return self.published - self.acknowledged - self.refused
 
 
+def render(summary: Summary) -> str:
+    """A summary as a person reads it, with a plain word where the schedule was not kept or a message is in doubt."""
+    planned = "" if summary.planned_rate is None else f" of {summary.planned_rate:,.0f} planned"
+    lines = [
+        f"published {summary.published:,} messages in {summary.seconds:.1f} s ({summary.rate:,.0f} a second{planned})",
+        f"acknowledged {summary.acknowledged:,}, refused {summary.refused:,}, in doubt {summary.unacknowledged:,}",
+        f"readings {summary.readings:,} ({summary.late:,} late), duplicates {summary.duplicates:,},"
+        f" garbage {summary.garbage:,}",
+    ]
+    if summary.missed:
+        lines.append(
+            f"the schedule was not kept: {summary.missed:,} readings were not sent,"
+            f" the slowest was {summary.behind_max_s:.1f} s late"
+        )
+    return "\n".join(lines)
+
+
 class Simulator:
     """A number of devices, `sim-0001` and on, and the schedule by which they publish."""
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from mqtt_bridge.tools.embedded import Broker, Postgres, free_port
+from mqtt_bridge.tools.embedded import free_port
 from tests.acceptance.traffic import Publisher, query, wait_until_stored
 from tests.proxy import TcpProxy
 from tests.waiting import wait_until
@@ -38,7 +38,7 @@ def test_it_comes_up_by_itself_when_broker_and_database_come_later(make_bridge, 
         publisher.publish(50)
         publisher.settle()
 
-    assert wait_until_stored(postgres.dsn(), publisher.published).exact
+    assert wait_until_stored(postgres.dsn(), publisher.published, bridge).exact
     assert bridge.status()["state"] == "running"
 
 
@@ -58,7 +58,7 @@ def test_a_restart_of_postgresql_under_load_loses_and_doubles_nothing(
         publisher.go_on(1000)
         publisher.end()
 
-    assert wait_until_stored(postgres.dsn(), publisher.published).exact
+    assert wait_until_stored(postgres.dsn(), publisher.published, bridge).exact
     bridge.wait_until_ready()
     assert bridge.messages()["received"] == len(publisher.published)
 
@@ -77,7 +77,7 @@ def test_a_database_that_is_away_makes_it_wait_unready_and_healthy(make_bridge, 
         assert bridge.messages()["stored"] == 0
         postgres.start()
 
-    assert wait_until_stored(postgres.dsn(), publisher.published).exact
+    assert wait_until_stored(postgres.dsn(), publisher.published, bridge).exact
     bridge.wait_until_ready()
 
 
@@ -93,7 +93,7 @@ def test_restarts_of_the_broker_under_load_lose_and_double_nothing(make_bridge, 
         publisher.go_on(1000)
         publisher.end()
 
-    assert wait_until_stored(database, publisher.published).exact
+    assert wait_until_stored(database, publisher.published, bridge).exact
     bridge.wait_until_ready()
     assert bridge.status()["broker"]["reconnects"] >= 3
 
@@ -113,7 +113,7 @@ def test_a_restart_of_the_broker_while_its_messages_wait_for_the_database_loses_
     wait_until(lambda: bridge.messages()["duplicate"] == 2000, what="every message to be delivered again")
     postgres.start()
 
-    assert wait_until_stored(postgres.dsn(), publisher.published).exact
+    assert wait_until_stored(postgres.dsn(), publisher.published, bridge).exact
     bridge.wait_until_ready()
     assert bridge.messages() | {"duplicate": 0, "received": 2000} == bridge.messages() | {
         "duplicate": 0,
@@ -135,7 +135,7 @@ def test_kill_9_of_the_bridge_under_load_loses_and_doubles_nothing(make_bridge, 
         publisher.go_on(1500)
         publisher.end()
 
-    assert wait_until_stored(database, publisher.published).exact
+    assert wait_until_stored(database, publisher.published, bridge).exact
 
 
 def test_cuts_of_the_link_to_the_database_under_load_lose_and_double_nothing(make_bridge, database, broker, site):
@@ -151,7 +151,7 @@ def test_cuts_of_the_link_to_the_database_under_load_lose_and_double_nothing(mak
             publisher.go_on(500)
             publisher.end()
 
-        assert wait_until_stored(database, publisher.published).exact
+        assert wait_until_stored(database, publisher.published, bridge).exact
         bridge.wait_until_ready()
         assert bridge.messages()["stored"] == len(publisher.published)
         assert bridge.messages()["received"] == len(publisher.published)
@@ -174,6 +174,6 @@ def test_cuts_of_the_link_to_the_broker_under_load_lose_and_double_nothing(make_
             publisher.go_on(500)
             publisher.end()
 
-        assert wait_until_stored(database, publisher.published).exact
+        assert wait_until_stored(database, publisher.published, bridge).exact
         bridge.wait_until_ready()
         assert bridge.messages()["stored"] == len(publisher.published)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Self
@@ -18,6 +17,7 @@ import psycopg2
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from mqtt_bridge.tools.embedded import Broker
+from tests.program import Program
 from tests.waiting import wait_until
 
 WINDOW = 500
@@ -143,15 +143,15 @@ def compare(database: str, published: set[tuple[str, int]]) -> Comparison:
 
 
 def wait_until_stored(
-    database: str, published: set[tuple[str, int]], *, timeout_s: float = 60.0, also: Callable[[], object] = bool
+    database: str, published: set[tuple[str, int]], bridge: Program | None = None, *, timeout_s: float = 60.0
 ) -> Comparison:
-    """Wait until nothing is missing; then nothing may be there twice either."""
-    wait_until(
-        lambda: count_of_readings(database) >= len(published) or also(),
-        timeout_s=timeout_s,
-        what=f"{len(published)} readings in the database",
-        interval_s=0.1,
-    )
+    """Compare when as many readings are stored as were published, and the bridge (if given) holds no more."""
+
+    def all_there() -> bool:
+        enough = count_of_readings(database) >= len(published)
+        return enough and (bridge is None or not bridge.messages()["in_flight"])
+
+    wait_until(all_there, timeout_s=timeout_s, what=f"{len(published)} readings in the database", interval_s=0.1)
     return compare(database, published)
 
 
@@ -165,6 +165,7 @@ def count_of_readings(database: str) -> int:
 
 def query(database: str, statement: str, *arguments: object) -> list[tuple]:
     """Rows of a statement; committed where it changes something."""
-    with closing(psycopg2.connect(database, connect_timeout=5)) as connection, connection, connection.cursor() as cursor:
-        cursor.execute(statement, arguments or None)
-        return cursor.fetchall() if cursor.description else []
+    with closing(psycopg2.connect(database, connect_timeout=5)) as connection:
+        with connection, connection.cursor() as cursor:
+            cursor.execute(statement, arguments or None)
+            return cursor.fetchall() if cursor.description else []

@@ -133,6 +133,20 @@ def test_a_kill_ends_every_backend_at_once(own_postgres: StartPostgres) -> None:
             cursor.execute("SELECT 1")
 
 
+def test_a_server_that_was_killed_leaves_no_shared_memory_behind() -> None:
+    with Postgres() as server:
+        server.kill()
+        segment = (server.directory / "data" / "postmaster.pid").read_text().splitlines()[6].split()[1]
+        assert segment in _shared_memory_segments()
+
+    assert segment not in _shared_memory_segments()
+
+
+def _shared_memory_segments() -> list[str]:
+    listing = subprocess.run(["ipcs", "-m"], check=True, capture_output=True, text=True).stdout
+    return [line.split()[1] for line in listing.splitlines() if len(line.split()) > 1]
+
+
 def test_starting_and_stopping_twice_is_harmless(own_postgres: StartPostgres) -> None:
     server = own_postgres()
     port = server.port
@@ -182,7 +196,7 @@ def open_folder() -> Iterator[Path]:
 def test_a_folder_that_the_servers_account_cannot_reach_is_a_clear_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
 
-    with pytest.raises(EmbeddedServerError, match="cannot be reached by uid"):
+    with pytest.raises(EmbeddedServerError, match="cannot be reached by the account"):
         Postgres(tmp_path / "cluster").start()
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from mqtt_bridge.tools.embedded.account import Account, EmbeddedServerError
 
@@ -33,12 +34,15 @@ echo $$ > "$0/server.pid" && [ -e "$0/gate" ] || exit 75
 exec "$@" >> "$0/server.log" 2>&1
 """
 
-# $1 folder, $2 signal that stops the server, $3 "remove" or "keep". A shell has nothing better than sleep to wait for
-# a process that is not its child; a zombie counts as gone, since the first process of a container may never reap it.
-# Removal is tried again because a dying server may still create files.
+# $1 folder, $2 "make" (and remove at the end) or "keep", $3 signal that stops the server. A folder that cannot be made
+# or written to ends the guardian at once. A shell has nothing better than sleep to wait for a process that is not its
+# child; a zombie counts as gone, since the first process of a container may never reap it. The signal comes after
+# CONT because the parent may have died in the middle of `kill`. Removal is tried again because a dying server may
+# still create files.
 _GUARD = """
-trap '' HUP INT TERM
+trap '' HUP INT TERM PIPE
 gone() { ! kill -0 "$1" 2>/dev/null || grep -qs '^State:.Z' "/proc/$1/status"; }
+if [ "$2" = make ]; then mkdir -m 700 "$1" || exit 1; fi
 rm -f "$1/server.pid"
 : > "$1/gate" || exit 1
 echo ready
@@ -46,7 +50,8 @@ read -r _
 rm -f "$1/gate"
 pid=$(cat "$1/server.pid" 2>/dev/null)
 if [ -n "$pid" ]; then
-    kill "-$2" "$pid" 2>/dev/null
+    kill -CONT "$pid" 2>/dev/null
+    kill "-$3" "$pid" 2>/dev/null
     tries=0
     until gone "$pid"; do
         tries=$((tries + 1))
@@ -57,7 +62,7 @@ if [ -n "$pid" ]; then
     rm -f "$1/server.pid"
 fi
 tries=0
-while [ "$3" = remove ] && [ -e "$1" ] && [ "$tries" -lt 50 ]; do
+while [ "$2" = make ] && [ -e "$1" ] && [ "$tries" -lt 50 ]; do
     rm -rf "$1" 2>/dev/null
     tries=$((tries + 1))
     if [ -e "$1" ]; then sleep 0.1; fi
@@ -101,8 +106,10 @@ class GuardedServer:
     def open(self) -> Self:
         """Make the folder and start the guardian. Idempotent."""
         if self._guardian is None:
-            self._directory = self._make_directory()
-            self._guardian = self._start_guardian()
+            if self._given is None:
+                self._open_temporary()
+            else:
+                self._open_given(self._given.resolve())
         return self
 
     def launch(self, *command: str | Path) -> None:
@@ -172,32 +179,30 @@ class GuardedServer:
         text = log.read_text(errors="replace") if log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 
-    def _make_directory(self) -> Path:
-        if self._given is None:
-            return self._make_temporary_directory()
-        self._given.mkdir(parents=True, exist_ok=True)
+    def _open_given(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         if self.account.uid is not None:
-            shutil.chown(self._given, self.account.uid, self.account.gid)
-        if not self.account.can_run("/bin/sh", "-c", 'cd "$0" && [ -w . ]', self._given.resolve()):
+            shutil.chown(directory, self.account.uid, self.account.gid)
+        if not self._start_guardian(directory, "keep"):
             raise EmbeddedServerError(
-                f"{self._given} cannot be reached by uid {self.account.uid}, as which {self._name} runs"
-                " because it may not run as root: choose a folder below directories that everybody may enter."
+                f"{directory} cannot be reached by the account that {self._name} runs as"
+                f" (uid {os.geteuid() if self.account.uid is None else self.account.uid}):"
+                " choose a folder below directories that everybody may enter."
             )
-        return self._given.resolve()
 
-    def _make_temporary_directory(self) -> Path:
-        # The account makes it itself: that proves that it can reach it and will be able to remove it.
+    def _open_temporary(self) -> None:
+        # The guardian makes it, as the account: so there is never a folder without a guardian, and it is proven that
+        # the account can reach it and remove it.
         for parent in dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp"]):
-            template = f"{parent}/mqtt-bridge-{self._name}-XXXXXXXX"
-            with contextlib.suppress(EmbeddedServerError):
-                return Path(self.account.run("mktemp", "-d", template).strip()).resolve()
+            directory = Path(parent).resolve() / f"mqtt-bridge-{self._name}-{secrets.token_hex(4)}"
+            if self._start_guardian(directory, "make"):
+                return
         raise EmbeddedServerError("No temporary folder can be written to: make /tmp writable or set TMPDIR.")
 
-    def _start_guardian(self) -> subprocess.Popen[str]:
-        remove = "keep" if self._given is not None else "remove"
+    def _start_guardian(self, directory: Path, mode: Literal["make", "keep"]) -> bool:
         stop = self._stop_signal.name.removeprefix("SIG")
         guardian = self.account.popen(
-            ["/bin/sh", "-c", _GUARD, "mqtt-bridge-guardian", self.directory, stop, remove],
+            ["/bin/sh", "-c", _GUARD, "mqtt-bridge-guardian", directory, mode, stop],
             stdin=subprocess.PIPE,
             output=subprocess.PIPE,
             new_session=True,
@@ -205,8 +210,9 @@ class GuardedServer:
         assert guardian.stdout is not None
         if guardian.stdout.readline() != "ready\n":
             guardian.communicate()
-            raise EmbeddedServerError(f"{self.directory} cannot be written to.")
-        return guardian
+            return False
+        self._directory, self._guardian = directory, guardian
+        return True
 
 
 def wait_until(
