@@ -11,9 +11,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -24,7 +25,7 @@ from pydantic.fields import FieldInfo
 
 from mqtt_bridge import dsn
 from mqtt_bridge.errors import Problem, SettingsError
-from mqtt_bridge.topics import TopicPattern
+from mqtt_bridge.topics import TopicPattern, covering, covers, overlaps
 
 MAX_QUEUE_SIZE = 30_000
 """Most messages that may be unacknowledged: beyond it the distance between two 16-bit packet ids is ambiguous."""
@@ -378,12 +379,24 @@ def _check_routes(settings: Settings) -> Iterator[Problem]:
 
 
 def _check_topics(settings: Settings) -> Iterator[Problem]:
+    filters: list[str] = []
     for topic in settings.mqtt_topics:
         try:
-            TopicPattern.parse(topic)
+            filters.append(TopicPattern.parse(topic).filter)
         except ValueError as error:
             remedy = "Write topics like devices/{device}/telemetry, with commas between them."
             yield _problem("mqtt_topics", topic, str(error), remedy)
+    yield from _check_overlaps(dict.fromkeys(filters))
+
+
+def _check_overlaps(filters: Iterable[str]) -> Iterator[Problem]:
+    """The broker delivers a message once for each filter that it matches (MQTT 5, section 3.3.4)."""
+    for one, other in combinations(filters, 2):
+        if overlaps(one, other) and not covers(one, other) and not covers(other, one):
+            wider = covering(one, other)
+            if not any(covers(name, wider) for name in filters):
+                problem = f"{one} and {other} overlap: what matches both would be delivered and stored twice."
+                yield _problem("mqtt_topics", f"{one},{other}", problem, f"Add {wider}, which covers both, at the end.")
 
 
 def _check_queue_size(settings: Settings) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 MAX_FILTER_BYTES = 65_535
 """Longest UTF-8 string MQTT can carry [MQTT-4.7.3-3]."""
@@ -75,6 +76,16 @@ def overlaps(topic_filter: str, other: str) -> bool:
             return False
     shorter, longer = sorted((levels, others), key=len)
     return len(shorter) == len(longer) or longer[len(shorter) :] == ["#"]
+
+
+def covering(topic_filter: str, other: str) -> str:
+    """The narrowest filter that delivers all that either of two overlapping filters delivers."""
+    parts: list[str] = []
+    for level, other_level in zip_longest(topic_filter.split("/"), other.split("/"), fillvalue="#"):
+        if "#" in (level, other_level):
+            return "/".join([*parts, "#"])
+        parts.append(level if level == other_level else "+")
+    return "/".join(parts)
 
 
 def _check_text(text: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Self
 from mqtt_bridge.tools.embedded import free_port
 from tests.waiting import wait_until
 
-PASSED_ON = ("PATH", "LANG", "SYSTEMROOT", "COVERAGE_PROCESS_START")
+PASSED_ON = ("PATH", "LANG", "PYTHONPATH", "COVERAGE_PROCESS_START")
 """All that a program gets of the environment that the tests run in."""
 
 # A proxy of the environment would be asked for 127.0.0.1.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.acceptance.traffic import Publisher, wait_until_stored
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize("ending", ["SIGTERM", "SIGKILL"])
@@ -33,8 +34,8 @@ def test_a_backlog_survives_restarts_of_broker_and_bridge_in_the_midst_of_it(mak
     with Publisher(broker, site) as publisher:
         publisher.publish(10_000)
         publisher.settle()
-    bridge.start()
-    bridge.wait_for_outcomes(500)
+    bridge.start().wait_until_up()
+    wait_until(lambda: bridge.messages()["stored"] >= 500, what="a part of it to be stored")
     bridge.kill()
     broker.restart()
     bridge.start().wait_until_ready()

@@ -678,3 +678,22 @@ def test_what_the_example_has_commented_out_is_the_default_where_there_is_one():
 
 def describe_values(settings):
     return {line.name: line.value for line in describe(settings)}
+
+
+def test_topics_that_overlap_are_refused_with_the_filter_that_covers_them() -> None:
+    environ = {"MQTT_TOPICS": "a/{device}/b,a/x/#"}
+
+    with pytest.raises(SettingsError) as caught:
+        load(environ, env_file=None)
+
+    (problem,) = caught.value.problems
+    assert problem.setting == "MQTT_TOPICS"
+    assert "a/+/#" in problem.remedy
+
+
+def test_topics_that_overlap_are_fine_once_a_wider_one_covers_them() -> None:
+    environ = {"MQTT_TOPICS": "a/{device}/b,a/x/#,a/+/#"}
+
+    settings = load(environ, env_file=None)
+
+    assert settings.mqtt_topics == ("a/{device}/b", "a/x/#", "a/+/#")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mqtt_bridge.topics import TopicPattern, covers, overlaps
+from mqtt_bridge.topics import TopicPattern, covering, covers, overlaps
 
 
 @pytest.mark.parametrize(
@@ -197,3 +197,19 @@ def test_a_pattern_matches_nothing_that_its_filter_does_not_deliver(levels, dept
 
     assert matched <= _delivered(pattern.filter)
     assert not pattern.exact or matched == _delivered(pattern.filter)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("a/+/b", "a/x/#", "a/+/#"),
+        ("+/b", "a/+", "+/+"),
+        ("a/b/#", "+/b/c", "+/b/#"),
+    ],
+)
+def test_the_covering_filter_covers_both(one: str, other: str, expected: str) -> None:
+    wider = covering(one, other)
+
+    assert wider == expected
+    assert covers(wider, one)
+    assert covers(wider, other)
