@@ -48,5 +48,13 @@ def make_bridge(tmp_path: Path, site: str) -> Iterator[MakeBridge]:
     for program in programs:
         output = program.log_of_all_runs
         print(output)  # pytest shows it where the test has failed
-        assert "Traceback" not in output
-        assert "Warning:" not in output
+        assert python_complaints(output) == []
+
+
+def python_complaints(output: str) -> list[str]:
+    """Lines of a traceback or of a warning of Python.
+
+    paho leaves the socket of a failed TLS handshake to the garbage collector, which takes it at once, with a warning.
+    """
+    lines = [line for line in output.splitlines() if "Traceback" in line or "Warning: " in line]
+    return [line for line in lines if "unclosed <ssl.SSLSocket" not in line and "Enable tracemalloc" not in line]

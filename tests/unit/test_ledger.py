@@ -59,8 +59,8 @@ def next_pruned(ledger):
 
 
 def test_a_fingerprint_is_eight_stable_bytes_of_topic_retain_flag_and_payload():
-    assert fingerprint(b"a", b"b", retain=False).hex() == "e4f3a1a1ca9fb1d4" or len(SAME) == 8
-    assert fingerprint(b"a", b"b", retain=False) == fingerprint(b"a", b"b", retain=False)
+    # Pinned: a process must recognise what its predecessor, perhaps of an older version, has committed.
+    assert fingerprint(b"a", b"b", retain=False).hex() == "ffc151170352baa3"
 
 
 def test_topic_and_payload_do_not_run_into_each_other():
@@ -82,7 +82,7 @@ def test_positions_go_on_where_packet_ids_wrap():
 def test_packet_ids_may_be_skipped():
     ledger = fresh()
 
-    assert receive(ledger, [5, 9, 9 + REACH, 20]) == [5, 9, 9 + REACH, LAP + 20]
+    assert receive(ledger, [5, 9, 9 + REACH, LAP, 20]) == [5, 9, 9 + REACH, LAP, LAP + 20]
 
 
 def test_a_constant_payload_is_new_each_time_through_two_wraps():
@@ -633,13 +633,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # -- the broker
 
-    @rule(marks=st.lists(st.sampled_from([SAME, SAME, OTHER]), min_size=1, max_size=5))
+    @rule(marks=st.lists(st.sampled_from([SAME, SAME, OTHER]), min_size=3, max_size=8))
     def publish(self, marks):
         for mark in marks:
             self.broker.publish(mark)
             self.kept.add(self.broker.serials)
 
-    @rule(count=st.integers(1, 12))
+    @precondition(lambda self: self.broker.unsent or self.broker.queue)
+    @rule(count=st.integers(2, 12))
     def deliver(self, count):
         for _ in range(count):
             if delivery := self.broker.deliver():
@@ -670,6 +671,7 @@ class LedgerMachine(RuleBasedStateMachine):
             publish = data.draw(st.sampled_from(sent))
             assert self.receive(publish, True) is Seen.RESENT
 
+    @precondition(lambda self: self.broker.wire)
     @rule(count=st.integers(1, 12))
     def read_acknowledgements(self, count):
         for _ in range(min(count, len(self.broker.wire))):
@@ -677,18 +679,23 @@ class LedgerMachine(RuleBasedStateMachine):
             if mark is not None:
                 self.ledger.prove(self.acks.prove(mark))
 
+    @precondition(lambda self: self.acks.unproven)
     @rule()
     def send_barrier(self):
-        if self.acks.unproven:
-            self.broker.wire.append(("barrier", self.acks.mark()))
+        self.broker.wire.append(("barrier", self.acks.mark()))
 
     # -- the workers
 
-    @precondition(lambda self: self.queue)
-    @rule(count=st.integers(1, 6))
     def take(self, count):
         batch, self.queue = self.queue[:count], self.queue[count:]
         self.in_hand.append([self.ledger.entry([m for _, m in batch]), batch, False])
+
+    @precondition(lambda self: self.queue)
+    @rule(counts=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    def take_batches(self, counts):
+        for count in counts:
+            if self.queue:
+                self.take(count)
 
     @precondition(lambda self: any(not committed for *_, committed in self.in_hand))
     @rule(data=st.data())
@@ -712,11 +719,41 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.settled(entry, [m for _, m in batch])
         self.acks.finish([m.position for _, m in batch])
 
+    @precondition(lambda self: self.in_hand)
+    @rule(data=st.data())
+    def commit_and_settle(self, data):
+        work = data.draw(st.sampled_from(self.in_hand))
+        if not work[2]:
+            self.commit_one(work)
+        self.settle_one(work)
+
+    @precondition(lambda self: self.ledger.session_to_raise)
     @rule()
     def raise_session(self):
         if (epoch := self.ledger.session_to_raise) is not None:
             self.database.session_epoch = max(self.database.session_epoch, epoch)
             self.ledger.session_raised(epoch)
+
+    @precondition(lambda self: self.ledger._prunable)
+    @rule()
+    def prune(self):
+        for key in self.ledger.take_prunable():
+            del self.database.rows[key]
+
+    @rule(random=st.randoms(use_true_random=False), marks=st.lists(st.sampled_from([SAME, OTHER]), min_size=6, max_size=12))
+    def be_busy(self, random, marks):
+        """Deliver, batch, commit and settle, each but a part of it and out of order, as several workers do."""
+        self.publish(marks=marks)
+        self.deliver(count=random.randint(3, 12))
+        self.take_batches(counts=[random.randint(1, 4) for _ in range(3)])
+        for work in random.sample(self.in_hand, len(self.in_hand)):
+            if not work[2] and random.random() < 0.6:
+                self.commit_one(work)
+            if work[2] and random.random() < 0.7:
+                self.settle_one(work)
+        if self.acks.unproven and random.random() < 0.5:
+            self.send_barrier()
+        self.read_acknowledgements(count=random.randint(0, 12))
 
     # -- misfortunes
 
@@ -724,9 +761,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def cut(self):
         self.acks.close()
         self.connect(session_present=True)
+        self.deliver(count=12)
 
-    @rule()
-    def lose_session(self):
+    @rule(luck=st.integers(1, 4))
+    def lose_session(self, luck):
+        if luck != 1:
+            return
         self.acks.close()
         self.kept -= {p.serial for p in (*self.broker.queue, *self.broker.in_flight)}
         self.broker.lose_session()
@@ -742,6 +782,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.database.owner_epoch += 1
         self.begin_process()
         self.connect(session_present=True)
+        self.deliver(count=12)
 
     # -- and quiet times
 
@@ -755,9 +796,11 @@ class LedgerMachine(RuleBasedStateMachine):
                 if not work[2]:
                     self.commit_one(work)
                 self.settle_one(work)
-            self.send_barrier()
+            if self.acks.unproven:
+                self.send_barrier()
             self.read_acknowledgements(count=len(self.broker.wire))
 
+    @precondition(lambda self: len(self.broker.in_flight) < 2 and not self.queue)
     @rule(length=st.sampled_from([5_000, 33_000, LAP - 10, LAP - 1, LAP, LAP + 3]))
     def live_through_a_quiet_stretch(self, length):
         """One message in a thousand is followed; the ids of the others are spent."""
@@ -797,6 +840,6 @@ class UnmarkedLedgerMachine(LedgerMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLedgerMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestUnmarkedLedgerMachine = UnmarkedLedgerMachine.TestCase
-TestUnmarkedLedgerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestUnmarkedLedgerMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
