@@ -3,7 +3,7 @@
 received = stored + duplicate + dead_lettered + ignored + spooled + dropped + in_flight
 
 `in_flight` is not computed from the others: it is counted where the messages are, in the queue and in the workers'
-hands. The pipeline holds its lock for every booking and for `snapshot`, so the account balances whenever it is read.
+hands. The pipeline holds its lock for every booking and for `balance`, so the account balances whenever it is read.
 """
 
 from __future__ import annotations

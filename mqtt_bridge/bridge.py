@@ -215,7 +215,7 @@ class Bridge:
             (REPORT_EVERY_S, self._prune),
             (HOUSEKEEPING_EVERY_S, self._keep_house),
         )
-        due_s = {action: time.monotonic() + (0.0 if pause_s < REPORT_EVERY_S else pause_s) for pause_s, action in every}
+        due_s = {action: time.monotonic() + min(pause_s, REPORT_EVERY_S) for pause_s, action in every}
         while not self._stopped.is_set():
             self._tender_wakes.wait(1.0)
             self._tender_wakes.clear()

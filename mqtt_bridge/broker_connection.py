@@ -125,13 +125,7 @@ class BrokerConnection:
             reconnect_on_failure=False,
             manual_ack=True,
         )
-        username, password = settings.mqtt_credentials()
-        if username is not None:
-            client.username_pw_set(username, password)
-        if settings.mqtt_transport == "websockets":
-            client.ws_set_options(path=settings.mqtt_ws_path)
-        if settings.mqtt_tls:
-            client.tls_set_context(tls_context(settings))
+        prepare_client(client, settings)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -323,6 +317,17 @@ def _readable(properties: Properties | None) -> Mapping[str, Any] | None:
         return None
     content: Mapping[str, Any] = properties.json()  # type: ignore[no-untyped-call]
     return content
+
+
+def prepare_client(client: mqtt.Client, settings: Settings) -> None:
+    """Credentials, websocket path and TLS as the settings ask, read from their files as they are now."""
+    username, password = settings.mqtt_credentials()
+    if username is not None or password is not None:
+        client.username_pw_set(username, password)
+    if settings.mqtt_transport == "websockets":
+        client.ws_set_options(path=settings.mqtt_ws_path)
+    if settings.mqtt_tls:
+        client.tls_set_context(tls_context(settings))
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:

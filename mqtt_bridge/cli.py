@@ -21,6 +21,7 @@ import psycopg2
 
 from mqtt_bridge import __version__, logs, schema
 from mqtt_bridge.bridge import EXIT_FAILED, EXIT_OK, EXIT_SETTINGS, Bridge, make_router
+from mqtt_bridge.broker_connection import prepare_client
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, SettingsError, classify
 from mqtt_bridge.settings import Settings, load, unknown_names
@@ -288,7 +289,6 @@ def simulate(duration: float | None, count: int | None, interval: float, **optio
     from mqtt_bridge.tools.simulator import Simulator, render
 
     settings = _settings()
-    username, password = settings.mqtt_credentials()
     simulator = Simulator(
         settings.mqtt_host,
         settings.mqtt_port,
@@ -296,10 +296,8 @@ def simulate(duration: float | None, count: int | None, interval: float, **optio
         count=count,
         duration_s=duration,
         protocol=settings.mqtt_protocol,
-        username=username,
-        password=password,
-        tls=settings.mqtt_tls,
-        tls_ca=str(settings.mqtt_tls_ca) if settings.mqtt_tls_ca else None,
+        transport=settings.mqtt_transport,
+        prepare=lambda client: prepare_client(client, settings),
         **options,
     )
     stop = threading.Event()

@@ -75,8 +75,10 @@ def _grants_comment() -> str:
 
 def ensure(connection: Connection, *, create: bool) -> None:
     """Make sure that every object is there. Raises `SchemaError` with what is missing and how to mend it."""
-    if create and missing(connection):
-        apply(connection)
+    if create:
+        if missing(connection):
+            apply(connection)
+        make_partitions(connection, datetime.now(UTC))
     problems = missing(connection) or unfit(connection) or forbidden(connection)
     if not problems:
         return

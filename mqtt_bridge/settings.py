@@ -114,7 +114,7 @@ class Settings(BaseModel):
     mqtt_receive_maximum: int = Field(
         default_factory=lambda given: min(max(1, given["bridge_queue_size"] // 2), MAX_QUEUE_SIZE),
         ge=1,
-        le=65_535,
+        le=MAX_QUEUE_SIZE,
         description="Most messages the broker may send ahead of their acknowledgement (MQTT 5).",
         json_schema_extra={"default": "half of BRIDGE_QUEUE_SIZE"},
     )

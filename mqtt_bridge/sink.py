@@ -5,8 +5,8 @@ means is decided in `errors`; what is done about it here, by tenacity. One try i
 
 Invariant: a batch is tried under one key until its fate is known, so a COMMIT whose answer was lost is never repeated.
 
-Threads: `store` is called by the workers; `open`, `probe`, `raise_session` and `run` by the bridge. The fields that
-several threads write (`trouble`, `reachable`) are single references, replaced whole.
+Threads: `store` is called by the workers; `open`, `probe`, `raise_session` and `run` by the bridge. What several
+threads write are single references, replaced whole, and a dict in which each thread has an entry of its own.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ class Sink:
         self._wake = threading.Event()
         self._complaint = Complaint()
         self._owner_epoch = 0
-        self.trouble: Failure | None = None
-        """Why nothing can be stored at the moment; None while all is well."""
+        self._troubles: dict[int, Failure] = {}  # by thread: what keeps it from storing; each writes its own
         self.reachable = False
         """Whether the database answered when it was last asked."""
         self.last_answer_s: float | None = None
@@ -101,6 +100,12 @@ class Sink:
         """
         return self._persist(lambda connection: self._transactions.run(connection, batch))
 
+    @property
+    def trouble(self) -> Failure | None:
+        """Why something cannot be stored at the moment, the gravest reason first; None while all is well."""
+        troubles = list(self._troubles.values())
+        return min(troubles, key=lambda failure: failure.verdict not in PAUSING, default=None)
+
     # -- beside the batches
 
     def probe(self) -> bool:
@@ -113,8 +118,7 @@ class Sink:
             return False
         was_away = not self.reachable
         self._answered()
-        if self.trouble and self.trouble.verdict is Verdict.RECONNECT:
-            self._recovered()
+        self._recovered()
         if was_away:
             self._wake.set()
         return True
@@ -157,8 +161,7 @@ class Sink:
         except tenacity.RetryError as error:
             raise Stopped("the bridge stopped before the batch could be stored") from error
         self._answered()
-        if self.trouble:
-            self._recovered()
+        self._recovered()
         return result
 
     def _attempt(self, action: Callable[[BridgeConnection], T]) -> T:
@@ -183,7 +186,7 @@ class Sink:
 
     def _note(self, failure: Failure) -> None:
         """Remember the trouble, and log it when it is news or has lasted another minute."""
-        self.trouble = failure
+        self._troubles[threading.get_ident()] = failure
         if failure.verdict is Verdict.RECONNECT:
             self.reachable = False
         if not self._complaint.is_news(failure.sentence):
@@ -196,8 +199,9 @@ class Sink:
         self.last_answer_s = time.monotonic()
 
     def _recovered(self) -> None:
-        self.trouble = None
-        if self._complaint.clear():
+        """This thread's trouble is over; that of another may go on."""
+        had_trouble = self._troubles.pop(threading.get_ident(), None)
+        if had_trouble and not self._troubles and self._complaint.clear():
             log.info("the database stores again")
 
     def _nap(self, seconds: float) -> None:

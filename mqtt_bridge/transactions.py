@@ -24,6 +24,7 @@ from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
 from mqtt_bridge import copying, dead_letters, ledger, schema
+from mqtt_bridge.breaker import Breaker
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import Failure, SchemaError, SinkError, Verdict, classify
 from mqtt_bridge.ledger import AlreadyCommitted, BatchKey, Entry
@@ -65,6 +66,7 @@ class Transactions:
         self._begin = _begin(statement_timeout_s)
         self._readings = copying.ReadingsEncoder()
         self._dead_letters = copying.encoder(dead_letters.TYPES)
+        self._breaker = Breaker()
         self._in_doubt: dict[BatchKey, Stored] = {}  # what a COMMIT was sent for whose answer has not been seen
 
     def run(self, connection: BridgeConnection, batch: Batch) -> Stored:
@@ -94,7 +96,10 @@ class Transactions:
                 for copy, data in self._copies(connection, batch.translated, batch.dead_letters):
                     _copy(cursor, statement + copy, data)
                     statement = sql.SQL("")
-                return self._commit(cursor, batch.entry.key, Stored(_count(batch.translated)))
+                stored = self._commit(cursor, batch.entry.key, Stored(_count(batch.translated)))
+            if batch.translated:
+                self._breaker.stored()
+            return stored
         except psycopg2.Error as error:
             if _failure(error, connection).verdict not in _AT_FAULT:
                 raise
@@ -142,7 +147,7 @@ class Transactions:
             cursor.execute(self._prologue(batch))
             cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # a deferred one would fail at COMMIT, naming no row
             self._store_part(connection, cursor, batch.translated, refused)
-            _pause_if_all_fail(batch, refused)
+            self._pause_if_the_database_is_at_fault(batch, refused)
             letters = [
                 DeadLetter(message, translation.route, "store", failure.sentence, failure.sqlstate)
                 for (message, translation), failure in refused
@@ -152,6 +157,15 @@ class Transactions:
             lost = {id(translated) for translated, _ in refused}
             kept = [translated for translated in batch.translated if id(translated) not in lost]
             return self._commit(cursor, batch.entry.key, Stored(_count(kept), tuple(letters)))
+
+    def _pause_if_the_database_is_at_fault(self, batch: Batch, refused: Sequence[tuple[Translated, Failure]]) -> None:
+        reason = _reason(refused) if len(refused) == len(batch.translated) else None
+        if reason is None:
+            self._breaker.stored()
+            return
+        rows = sum(len(translation.rows) for _, translation in batch.translated)
+        if self._breaker.refused(reason, rows=rows, topics={message.topic for message, _ in batch.translated}):
+            raise SinkError(f"every row of every topic is refused alike, as by a changed table: {refused[0][1]}")
 
     def _store_part(
         self,
@@ -180,15 +194,14 @@ class Transactions:
         self._store_part(connection, cursor, part[middle:], refused)
 
 
+def _reason(refused: Sequence[tuple[Translated, Failure]]) -> str | None:
+    """The one reason for which all of these were refused; None where there are several."""
+    reasons = {failure.sqlstate or failure.sentence for _, failure in refused}
+    return reasons.pop() if len(reasons) == 1 else None
+
+
 def _failure(error: Exception, connection: BridgeConnection) -> Failure:
     return classify(error, connected=not connection.closed)
-
-
-def _pause_if_all_fail(batch: Batch, refused: Sequence[tuple[Translated, Failure]]) -> None:
-    """An error that nobody knows, for every message of several: more likely the database than the messages."""
-    unknown = [failure for _, failure in refused if failure.verdict is Verdict.UNKNOWN]
-    if len(batch.translated) > 1 and len(unknown) == len(batch.translated):
-        raise SinkError(f"every message of a batch is refused alike: {unknown[0].sentence}")
 
 
 def _begin(statement_timeout_s: float) -> sql.Composable:

@@ -1,7 +1,7 @@
 """What the bridge would do with a message: which route takes it and the rows it becomes, or why it becomes none.
 
 Runs the very code that stores messages and needs neither broker nor database. An explanation is a dict ready for
-JSON, in the form that DESIGN 3.2 promises:
+JSON, in this form:
 
     {"topic", "outcome": "stored|dead_lettered|ignored", "route", "table", "rows": [{"time", "device", "metric",
     "value", "value_text"}], "error", "stage": "route|decode|None"}
@@ -51,7 +51,7 @@ def explain(
 
 
 def explain_tape(router: Router, lines: Iterable[str]) -> Iterator[Explanation]:
-    """What becomes of each message of a tape (DESIGN 3.7); BridgeError names the line that is not one."""
+    """What becomes of each message of a tape; BridgeError names the line that is not one."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield explain(router, **_taped(line, number))

@@ -137,6 +137,10 @@ def render(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def _leave_as_it_is(client: mqtt.Client) -> None:
+    """For a broker that asks for nothing."""
+
+
 class Simulator:
     """A number of devices, `sim-0001` and on, and the schedule by which they publish."""
 
@@ -158,16 +162,15 @@ class Simulator:
         late: float = 0.0,
         bursts: float = 0.0,
         protocol: str = "5",
-        username: str | None = None,
-        password: str | None = None,
-        tls: bool = False,
-        tls_ca: str | None = None,
+        transport: Literal["tcp", "websockets"] = "tcp",
+        prepare: Callable[[mqtt.Client], None] = _leave_as_it_is,
         drain_s: float = 10.0,
     ) -> None:
         """Every device publishes each `interval_s` (0: as fast as the broker acknowledges), evenly spread.
 
         Ends after `count` messages in total (faults included) or `duration_s`, whichever is first, and then waits up
-        to `drain_s` for acknowledgements. The same `seed` gives the same payloads, but for their times. Raises
+        to `drain_s` for acknowledgements. `prepare` gives each client
+        its credentials and its TLS. The same `seed` gives the same payloads, but for their times. Raises
         SimulatorError for options that make no sense.
         """
         faults = Faults(duplicates=duplicates, garbage=garbage, late=late, bursts=bursts)
@@ -182,7 +185,7 @@ class Simulator:
         shares = min(connections, devices)
         self._connections = [
             _Connection(
-                _client(protocol, username=username, password=password, tls=tls, tls_ca=tls_ca),
+                _client(protocol, transport, prepare),
                 _Schedule(fleet[share::shares], devices=devices, interval_s=interval_s),
                 qos=qos,
                 room=self._room,
@@ -523,18 +526,18 @@ class _Connection:
                 self._lock.notify_all()
 
 
-def _client(protocol: str, *, username: str | None, password: str | None, tls: bool, tls_ca: str | None) -> mqtt.Client:
+def _client(
+    protocol: str, transport: Literal["tcp", "websockets"], prepare: Callable[[mqtt.Client], None]
+) -> mqtt.Client:
     client = mqtt.Client(
         CallbackAPIVersion.VERSION2,
         # Random: two simulators with the same id would throw each other out.
         client_id=f"mqtt-bridge-sim-{secrets.token_hex(5)}",
         protocol=_PROTOCOLS[protocol],
+        transport=transport,
     )
     client.reconnect_delay_set(min_delay=1, max_delay=5)
-    if username:
-        client.username_pw_set(username, password)
-    if tls or tls_ca:
-        client.tls_set(ca_certs=tls_ca)
+    prepare(client)
     return client
 
 

@@ -220,7 +220,13 @@ def test_a_broker_that_stays_away_does_not_keep_the_run_from_ending(own_broker):
 
 def test_a_broker_that_refuses_is_a_clear_error(own_broker):
     broker = own_broker(config_lines=["allow_anonymous false"])
-    simulator = Simulator(broker.host, broker.port, devices=2, interval_s=1.0, username="me", password="secret word")
+    simulator = Simulator(
+        broker.host,
+        broker.port,
+        devices=2,
+        interval_s=1.0,
+        prepare=lambda client: client.username_pw_set("me", "secret word"),
+    )
 
     with pytest.raises(SimulatorError, match="refuses: Not authorized") as caught:
         simulator.run(threading.Event())

@@ -1,4 +1,4 @@
-"""Imports point down only. The table is the map of the house: who may know whom (DESIGN, section 4).
+"""Imports point down only. The table is the map of the house: who may know whom.
 
 A module may import modules of lower lines, and of its own line those that stand to its right. That rules out cycles,
 and lets a reader follow a message through the package without jumping back.
@@ -20,7 +20,7 @@ TABLE = [
     ["pipeline", "subscriber", "broker_connection"],
     ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ledger", "dead_letters", "settings", "dsn"],
-    ["topics", "metrics", "account", "rates", "complaints", "model", "errors"],
+    ["topics", "metrics", "account", "rates", "complaints", "breaker", "model", "errors"],
     # Last, since it imports nothing: it holds the version.
     ["__init__"],
 ]

@@ -148,7 +148,7 @@ def test_the_pool_has_two_connections_more_than_there_are_workers():
 
 def test_the_receive_maximum_is_half_of_the_queue():
     assert load({"BRIDGE_QUEUE_SIZE": "500"}, None).mqtt_receive_maximum == 250
-    assert load({"BRIDGE_QUEUE_SIZE": "500", "MQTT_RECEIVE_MAXIMUM": "65535"}, None).mqtt_receive_maximum == 65_535
+    assert load({"BRIDGE_QUEUE_SIZE": "500", "MQTT_RECEIVE_MAXIMUM": "30000"}, None).mqtt_receive_maximum == 30_000
 
 
 # --- What is refused
