@@ -110,6 +110,7 @@ class Bridge:
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
         self._began_receiving = False
+        self._noted_subscriptions: frozenset[str] = frozenset()
 
     # -- running
 
@@ -137,6 +138,7 @@ class Bridge:
     def _start(self) -> None:
         claim = self._sink.open(create=self._settings.db_auto_create)
         self._ledger.load(claim)
+        self._subscriber.subscriptions = self._noted_subscriptions = claim.subscriptions
         log.info(
             "the database is ready",
             client_id=self._settings.mqtt_client_id,
@@ -210,6 +212,7 @@ class Bridge:
         every = (
             (0.0, self._raise_session),
             (1.0, self._sample),
+            (1.0, self._note_subscriptions),
             (PROBE_EVERY_S, self._sink.probe),
             (REPORT_EVERY_S, self._report),
             (REPORT_EVERY_S, self._prune),
@@ -242,6 +245,12 @@ class Bridge:
         epoch = self._pipeline.session_to_raise
         if epoch is not None and self._sink.raise_session(epoch):
             self._pipeline.session_raised(epoch)
+
+    def _note_subscriptions(self) -> None:
+        filters = self._subscriber.subscriptions
+        if filters != self._noted_subscriptions:
+            self._sink.note_subscriptions(filters)
+            self._noted_subscriptions = filters
 
     def _report(self) -> None:
         balance = self._pipeline.balance()

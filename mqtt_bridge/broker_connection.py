@@ -81,11 +81,11 @@ class BrokerConnection:
         filters: Sequence[str],
         inbox: Inbox,
         acks: AckTracker,
-        subscribed_before: bool = False,
+        subscriptions: frozenset[str] = frozenset(),
         lasting: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`subscribed_before`: this process has had a SUBACK for these filters in the broker's present session.
+        """`subscriptions`: the filters that the broker's session is known to have, where it is still there.
 
         `lasting`: the broker keeps the session when the connection ends, as the bridge needs it; `check` does not.
         """
@@ -93,7 +93,9 @@ class BrokerConnection:
         self._filters = filters
         self._inbox = inbox
         self._acks = acks
-        self._subscribed_before = subscribed_before
+        self._wanted = frozenset(self._wire_filters())
+        self.subscriptions = subscriptions
+        """The filters that the broker's session is known to have."""
         self._lasting = lasting
         self._clock = clock
         self._is_v5 = settings.mqtt_protocol == "5"
@@ -101,6 +103,7 @@ class BrokerConnection:
         self._connected_s = 0.0
         self._subscribe_at_s: float | None = None  # not before this; None when it is done
         self._suback_for: int | None = None
+        self._asked: list[str] = []  # filters of the SUBSCRIBE under way
         self._barrier: tuple[int, int] | None = None  # packet id of the UNSUBSCRIBE under way, and its mark
         self._barrier_s = clock()
         self._takes_in = True
@@ -209,10 +212,12 @@ class BrokerConnection:
             return
         self.connected = True
         self.session_present = flags.session_present
+        if not flags.session_present:
+            self.subscriptions = frozenset()
         self._inbox.connected(session_present=flags.session_present, send_ack=self.acknowledge)
         self._connected_s = self._subscribe_at_s = self._clock()
         # The session has its subscriptions; the SUBACK of this connection may be queued behind a long backlog.
-        self.subscribed = flags.session_present and self._subscribed_before
+        self.subscribed = self._wanted <= self.subscriptions
         self._compare_grants(properties)
 
     def _compare_grants(self, properties: Any) -> None:
@@ -256,10 +261,16 @@ class BrokerConnection:
             self._subscribe()
 
     def _subscribe(self) -> None:
-        """SUBSCRIBE on every connect, but for MQTT 3.1.1, where each SUBSCRIBE would bring the retained messages."""
-        if not self._is_v5 and self.subscribed:
-            return
-        _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._wire_filters()])
+        """SUBSCRIBE to all on every connect; over MQTT 3.1.1, where that brings the retained messages, to what is new."""
+        if dropped := sorted(self.subscriptions - self._wanted):
+            log.info("unsubscribing from what is no longer wanted", filters=dropped)
+            self._client.unsubscribe(dropped)
+        known = frozenset() if self._is_v5 else self.subscriptions
+        self._asked = [name for name in self._wire_filters() if name not in known]
+        if self._asked:
+            _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._asked])
+        else:
+            self.subscriptions = self._wanted
 
     def _options(self) -> Any:
         if not self._is_v5:
@@ -274,7 +285,7 @@ class BrokerConnection:
     def _on_subscribe(self, _c: object, _u: object, packet_id: int, reasons: list[ReasonCode], _p: Any) -> None:
         if packet_id != self._suback_for:
             return
-        refused = [(name, r) for name, r in zip(self._filters, reasons, strict=False) if r.is_failure]
+        refused = [(name, r) for name, r in zip(self._asked, reasons, strict=False) if r.is_failure]
         if refused:
             names = ", ".join(f"{name} ({reason})" for name, reason in refused)
             self.subscribed = False
@@ -285,6 +296,7 @@ class BrokerConnection:
             return
         self.problem = None
         self.subscribed = True
+        self.subscriptions = self._wanted
 
     # -- the barrier
 

@@ -98,6 +98,8 @@ class Claim:
     owner_epoch: int
     session_epoch: int
     entries: tuple[Entry, ...]
+    subscriptions: frozenset[str] = frozenset()
+    """Filters that the session at the broker is known to have."""
 
 
 def fingerprint(topic: bytes, payload: bytes, *, retain: bool) -> bytes:
@@ -325,7 +327,7 @@ def claim(connection: Connection, client_id: str) -> Claim:
         cursor.execute("BEGIN")
         cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
         cursor.execute(_TAKE_OVER, {"client_id": client_id})
-        owner_epoch, session_epoch = cursor.fetchone() or (0, 0)
+        owner_epoch, session_epoch, subscriptions = cursor.fetchone() or (0, 0, None)
         cursor.execute(_FORGET_OLD_SESSIONS, {"client_id": client_id, "session_epoch": session_epoch})
         cursor.execute(_READ, {"client_id": client_id})
         entries = tuple(
@@ -333,13 +335,13 @@ def claim(connection: Connection, client_id: str) -> Claim:
             for epoch, batch, first, fingerprints in cursor.fetchall()
         )
         cursor.execute("COMMIT")
-    return Claim(owner_epoch, session_epoch, entries)
+    return Claim(owner_epoch, session_epoch, entries, frozenset((subscriptions or "").splitlines()))
 
 
 _TAKE_OVER = """
 INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch) VALUES (%(client_id)s, 1, 1)
 ON CONFLICT (client_id) DO UPDATE SET owner_epoch = o.owner_epoch + 1, last_seen = now()
-RETURNING owner_epoch, session_epoch
+RETURNING owner_epoch, session_epoch, subscriptions
 """
 _FORGET_OLD_SESSIONS = """
 DELETE FROM mqtt_bridge.ledger
@@ -368,6 +370,15 @@ UPDATE mqtt_bridge.owners SET session_epoch = greatest(session_epoch, %(session_
 WHERE client_id = %(client_id)s AND owner_epoch = %(owner_epoch)s
 """
 _FENCED = "another process has taken over this client id"
+
+
+def note_subscriptions(connection: Connection, client_id: str, filters: Iterable[str], *, owner_epoch: int) -> None:
+    """Remember which filters the session at the broker has, so that one that is dropped can be unsubscribed later."""
+    with connection.cursor() as cursor:
+        cursor.execute(_NOTE_SUBSCRIPTIONS, ("\n".join(sorted(filters)), client_id, owner_epoch))
+
+
+_NOTE_SUBSCRIPTIONS = "UPDATE mqtt_bridge.owners SET subscriptions = %s WHERE client_id = %s AND owner_epoch = %s"
 
 
 def statements(client_id: str, entry: Entry) -> sql.Composable:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import psycopg2
@@ -135,6 +135,14 @@ class Sink:
                 raise
             return False
         return True
+
+    def note_subscriptions(self, filters: Iterable[str]) -> None:
+        """Remember which filters the session at the broker has; one try."""
+        self.run(
+            lambda connection: ledger.note_subscriptions(
+                connection, self._client_id, filters, owner_epoch=self._owner_epoch
+            )
+        )
 
     def prune(self, keys: Sequence[BatchKey]) -> None:
         """Delete ledger rows that nobody needs any more; what fails is found again at the next start."""

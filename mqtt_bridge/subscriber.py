@@ -77,7 +77,8 @@ class Subscriber:
         self._connection: BrokerConnection | None = None
         self._problem: str | None = "not connected yet"
         self._connects = 0
-        self._subscribed_once = False
+        self.subscriptions: frozenset[str] = frozenset()
+        """Filters that the session at the broker is known to have; set from the database before `start`."""
 
     # -- for other threads
 
@@ -152,7 +153,7 @@ class Subscriber:
                 filters=self._filters,
                 inbox=self._inbox,
                 acks=self._acks,
-                subscribed_before=self._subscribed_once,
+                subscriptions=self.subscriptions,
             )
             connection.open()
         except SettingsError as error:  # a secret or a TLS file has become unreadable
@@ -181,6 +182,8 @@ class Subscriber:
             if connection.subscribed and not was_subscribed:
                 was_subscribed = True
                 self._note_subscribed(connection)
+            if connection.connected:
+                self.subscriptions = connection.subscriptions
             if connection.problem:
                 self._complain(connection.problem)
             if self._leaving.is_set() and self._leave(connection):
@@ -194,7 +197,6 @@ class Subscriber:
         return False
 
     def _note_subscribed(self, connection: BrokerConnection) -> None:
-        self._subscribed_once = True
         self._problem = None
         self._complaint.clear()
         log.info(
