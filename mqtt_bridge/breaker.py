@@ -4,7 +4,8 @@ A refused row costs its message: it becomes a dead letter. But when everything t
 for one and the same reason, somebody has changed the table, and turning the whole stream into dead letters helps
 nobody. The breaker then pauses the stream, until a row is stored again.
 
-The bar is high on purpose: one topic that sends nonsense must never stop the others.
+The bar is high on purpose: one topic that sends nonsense must never stop the others. And the pause is never complete:
+now and then one batch is let through, as dead letters, for what comes behind it may well be stored.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections.abc import Callable, Iterable
 ROWS = 100
 TOPICS = 3
 SECONDS = 10.0
+LET_THROUGH_EVERY_S = 10.0
 
 
 class Breaker:
-    """Trips when at least `ROWS` rows of at least `TOPICS` topics, over `SECONDS`, were refused alike and none stored.
+    """Pauses when at least `ROWS` rows of at least `TOPICS` topics, over `SECONDS`, were refused alike and none stored.
 
     The workers share one; the lock guards all fields.
     """
@@ -29,6 +31,7 @@ class Breaker:
         self._lock = threading.Lock()
         self._reason: str | None = None
         self._since_s = 0.0
+        self._let_through_s = 0.0  # when a batch was last let through although everything is refused
         self._rows = 0
         self._topics: set[bytes] = set()
 
@@ -39,11 +42,17 @@ class Breaker:
                 self._reason = None
 
     def refused(self, reason: str, *, rows: int, topics: Iterable[bytes]) -> bool:
-        """Everything of a batch was refused for this one reason. True when the stream should pause."""
+        """Everything of a batch was refused for this one reason. True when it should be held and tried again."""
+        now = self._clock()
         with self._lock:
             if reason != self._reason:
-                self._reason, self._since_s, self._rows = reason, self._clock(), 0
+                self._reason, self._since_s, self._rows = reason, now, 0
                 self._topics.clear()
             self._rows += rows
             self._topics.update(list(topics)[:TOPICS])
-            return self._rows >= ROWS and len(self._topics) >= TOPICS and self._clock() - self._since_s >= SECONDS
+            enough = self._rows >= ROWS and len(self._topics) >= TOPICS
+            alarming = enough and now - self._since_s >= SECONDS
+            if alarming and now - self._let_through_s < LET_THROUGH_EVERY_S:
+                return True
+            self._let_through_s = now
+            return False

@@ -6,8 +6,9 @@ and only then the subscriber, for what the broker redelivers can be recognised o
 Stop: leave new messages to the broker, drain the queue into the database, have every PUBACK proven, disconnect. What
 cannot be done within `BRIDGE_SHUTDOWN_S` is left undone: it was not acknowledged, and the broker keeps it.
 
-Threads: `run` belongs to the main thread. `mqtt-bridge-tender` probes the database and makes partitions; nothing waits
-for it. `request_stop` may be called by a signal handler.
+Threads: `run` belongs to the main thread. `mqtt-bridge-tender` does what needs the database beside the batches: probes,
+partitions, pruning. `mqtt-bridge-watchdog` needs nothing but the clock: it sees to it that the others live, and cuts
+connections to a database that is silent. `request_stop` may be called by a signal handler.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ HOUSEKEEPING_EVERY_S = 3600.0
 STALLED_S = 60.0
 """A message that waits longer than this although the database answers means that the bridge itself is stuck."""
 ANSWERED_WITHIN_S = 10.0
+SILENT_S = 15.0
+"""After this time without an answer, three probes, the database counts as silent."""
 LEAVE_S = 5.0
-"""Time kept back from the drain for having the acknowledgements proven."""
+"""Time kept back from the drain for having the acknowledgements proven, at most."""
 
 
 def make_router(settings: Settings) -> Router:
@@ -106,6 +109,9 @@ class Bridge:
         self._rates = Rates()
         self._tender_wakes = threading.Event()
         self._tender = threading.Thread(target=self._tend, name="mqtt-bridge-tender", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="mqtt-bridge-watchdog", daemon=True)
+        self._tidy = threading.Event()  # set to have the tender do its last round ...
+        self._tidied = threading.Event()  # ... and set by it when that is done
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
@@ -122,9 +128,10 @@ class Bridge:
         if self._settings.http_port:
             self._web.start()
         self._tender.start()
+        self._watchdog.start()
         try:
             self._start()
-            self._watch()
+            self._stopping.wait()
         except Stopped:
             pass  # asked to stop while the database was still awaited
         except Fenced as error:
@@ -150,10 +157,12 @@ class Bridge:
         self._began_receiving = True
 
     def _watch(self) -> None:
-        """The main thread's life: see to it that the threads that must run do run."""
-        while not self._stopping.wait(1.0):
+        """The watchdog's life, until the very end: also a shutdown must not hang on a silent database."""
+        while not self._stopped.wait(1.0):
+            if self._connections.cut_silent():
+                log.warning("a database connection was cut: the server is there but does not answer", stacks=stacks())
             for reason in self._dead_threads():
-                log.critical("the bridge cannot go on", reason=reason)
+                log.critical("the bridge cannot go on", reason=reason, stacks=stacks())
                 self._fail(BridgeError(reason))
 
     def request_stop(self) -> None:
@@ -178,33 +187,41 @@ class Bridge:
 
     def _shut_down(self) -> None:
         deadline_s = time.monotonic() + self._settings.bridge_shutdown_s
+
+        def left_s() -> float:
+            return max(0.0, deadline_s - time.monotonic())
+
         log.info("stopping", in_flight=self._pipeline.balance().in_flight)
         self._subscriber.stop_taking_in()
         if self._began_receiving and self._failure is None:
-            self._leave_in_good_order(deadline_s)
+            self._leave_in_good_order(left_s)
         self._sink.stop()
-        self._subscriber.stop()
-        if not self._pipeline.stop(max(1.0, deadline_s - time.monotonic())):
+        self._subscriber.stop(left_s())
+        if not self._pipeline.stop(max(1.0, left_s())):
             log.warning("a worker hangs in the database; its batch is left to the broker", stacks=stacks())
+        self._account_for_the_rest()
         self._stopped.set()
         self._tender_wakes.set()
-        if self._tender.is_alive():
-            self._tender.join(timeout=2.0)
         self._connections.close()
         self._web.stop()
         log.info("stopped", **self._pipeline.balance().outcomes)
 
-    def _leave_in_good_order(self, deadline_s: float) -> None:
-        drained = self._pipeline.drain(max(0.0, deadline_s - LEAVE_S - time.monotonic()))
-        if not drained:
-            log.warning(
-                "not everything could be stored before the shutdown; it stays unacknowledged, the broker keeps it",
-                left=self._pipeline.balance().in_flight,
-            )
-        if not self._subscriber.leave(max(0.5, deadline_s - time.monotonic() - 1.0)):
+    def _leave_in_good_order(self, left_s: Callable[[], float]) -> None:
+        """Drain, have the acknowledgements proven, disconnect, tidy up; each for as long as there is time left."""
+        keep_back_s = min(LEAVE_S, self._settings.bridge_shutdown_s / 4)
+        self._pipeline.drain(max(0.0, left_s() - keep_back_s))
+        if not self._subscriber.leave(left_s() * 0.8):
             log.warning("the broker has not confirmed the last acknowledgements; the ledger will recognise them")
-        if drained:
-            self._tend_to(self._prune)
+        self._tidy.set()
+        self._tender_wakes.set()
+        self._tidied.wait(min(2.0, left_s()))
+
+    def _account_for_the_rest(self) -> None:
+        left, lost = self._pipeline.give_up()
+        if left:
+            log.warning("not everything could be stored; it stays unacknowledged, the broker keeps it", messages=left)
+        if lost:
+            log.warning("messages of QoS 0 could not be stored and are lost", messages=lost)
 
     # -- the tender
 
@@ -226,6 +243,10 @@ class Bridge:
                 if time.monotonic() >= due_s[action]:
                     due_s[action] = time.monotonic() + pause_s
                     self._tend_to(action)
+            if self._tidy.is_set() and not self._tidied.is_set():
+                self._tend_to(self._note_subscriptions)
+                self._tend_to(self._prune)
+                self._tidied.set()
 
     def _tend_to(self, action: Callable[[], object]) -> None:
         try:
@@ -248,7 +269,7 @@ class Bridge:
 
     def _note_subscriptions(self) -> None:
         filters = self._subscriber.subscriptions
-        if filters != self._noted_subscriptions:
+        if filters != self._noted_subscriptions and self._pipeline.session_to_raise is None:
             self._sink.note_subscriptions(filters)
             self._noted_subscriptions = filters
 
@@ -259,7 +280,11 @@ class Bridge:
     def _prune(self) -> None:
         """Empty the ledger of what is proven, where no batch has come to do so."""
         while keys := self._pipeline.take_prunable():
-            self._sink.prune(keys)
+            try:
+                self._sink.prune(keys)
+            except BaseException:
+                self._pipeline.give_back(keys)  # forgotten here they would stay in the database for ever
+                raise
 
     def _keep_house(self) -> None:
         if not self._began_receiving:
@@ -333,6 +358,8 @@ class Bridge:
             reasons.append(str(trouble))
         elif not self._sink.reachable:
             reasons.append("the database has not answered yet")
+        elif time.monotonic() - (self._sink.last_answer_s or 0.0) > SILENT_S:
+            reasons.append("the database is silent: it neither answers nor refuses")
         if not self._began_receiving:
             reasons.append("not subscribed: the database comes first")
         elif not self._subscriber.state.subscribed:
@@ -342,7 +369,8 @@ class Bridge:
     def unhealthy_reasons(self) -> list[str]:
         """Why this process should be restarted; empty through every outage of others."""
         reasons = self._dead_threads()
-        age_s = _age_s(self._pipeline.balance().oldest_us)
+        # What an outage has held back is not to blame on the bridge until it has had the time to store it.
+        age_s = min(_age_s(self._pipeline.balance().oldest_us), time.monotonic() - self._sink.trouble_ended_s)
         answered_s = self._sink.last_answer_s
         answers = answered_s is not None and time.monotonic() - answered_s < ANSWERED_WITHIN_S
         if age_s > STALLED_S and answers and self._sink.trouble is None:
@@ -356,6 +384,7 @@ class Bridge:
             "the network thread is dead": self._subscriber.alive,
             "a worker thread is dead": self._pipeline.alive,
             "the tender thread is dead": self._tender.is_alive(),
+            "the watchdog thread is dead": self._watchdog.is_alive(),
         }
         return [reason for reason, alive in threads.items() if not alive]
 

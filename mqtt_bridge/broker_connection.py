@@ -28,10 +28,13 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.errors import Problem, SettingsError, explain_refusal
+from mqtt_bridge.publish_packet import MalformedPublish, parse
 from mqtt_bridge.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+BARRIER = "mqtt-bridge/barrier"
+"""A filter that nobody uses: unsubscribing from it changes nothing, and is answered."""
 BARRIER_EVERY_S = 1.0
 BARRIER_EVERY_ACKS = 8_192
 SESSION_WAIT_S = 5.0
@@ -71,6 +74,19 @@ class Inbox(Protocol):
         """A lost session that the database does not know of yet."""
 
 
+class _Client(mqtt.Client):
+    """paho's client, but that it hands PUBLISH packets over unread (why: see `publish_packet`)."""
+
+    def __init__(self, on_packet: Callable[[int, bytearray], bool], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._on_packet = on_packet
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        # A private method, the same in paho 2.0 to 2.2: called with a complete packet in _in_packet.
+        taken = self._on_packet(self._in_packet["command"], self._in_packet["packet"])
+        return MQTTErrorCode.MQTT_ERR_SUCCESS if taken else MQTTErrorCode.MQTT_ERR_PROTOCOL
+
+
 class BrokerConnection:
     """Receives messages into `inbox` until the connection ends, and carries the acknowledgements back."""
 
@@ -82,10 +98,12 @@ class BrokerConnection:
         inbox: Inbox,
         acks: AckTracker,
         subscriptions: frozenset[str] = frozenset(),
+        confirmed: bool = False,
         lasting: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`subscriptions`: the filters that the broker's session is known to have, where it is still there.
+        """`subscriptions`: the filters that the broker's session is known to have, where it is still there;
+        `confirmed`: this very process has seen the SUBACK, so that they can be relied upon.
 
         `lasting`: the broker keeps the session when the connection ends, as the bridge needs it; `check` does not.
         """
@@ -96,6 +114,8 @@ class BrokerConnection:
         self._wanted = frozenset(self._wire_filters())
         self.subscriptions = subscriptions
         """The filters that the broker's session is known to have."""
+        self.confirmed = confirmed
+        """Whether this process has seen a SUBACK for all it wants, in the present session."""
         self._lasting = lasting
         self._clock = clock
         self._is_v5 = settings.mqtt_protocol == "5"
@@ -103,7 +123,6 @@ class BrokerConnection:
         self._connected_s = 0.0
         self._subscribe_at_s: float | None = None  # not before this; None when it is done
         self._suback_for: int | None = None
-        self._asked: list[str] = []  # filters of the SUBSCRIBE under way
         self._barrier: tuple[int, int] | None = None  # packet id of the UNSUBSCRIBE under way, and its mark
         self._barrier_s = clock()
         self._takes_in = True
@@ -119,7 +138,8 @@ class BrokerConnection:
     def _make_client(self) -> mqtt.Client:
         settings = self._settings
         protocol = MQTTProtocolVersion.MQTTv5 if self._is_v5 else MQTTProtocolVersion.MQTTv311
-        client = mqtt.Client(
+        client = _Client(
+            self._on_publish,
             CallbackAPIVersion.VERSION2,
             client_id=settings.mqtt_client_id,
             clean_session=None if self._is_v5 else not self._lasting,
@@ -131,7 +151,6 @@ class BrokerConnection:
         prepare_client(client, settings)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
         client.on_subscribe = self._on_subscribe
         client.on_unsubscribe = self._on_unsubscribe
         client.on_socket_register_write = _leave_writing_to_the_loop
@@ -214,10 +233,11 @@ class BrokerConnection:
         self.session_present = flags.session_present
         if not flags.session_present:
             self.subscriptions = frozenset()
+            self.confirmed = False
         self._inbox.connected(session_present=flags.session_present, send_ack=self.acknowledge)
         self._connected_s = self._subscribe_at_s = self._clock()
         # The session has its subscriptions; the SUBACK of this connection may be queued behind a long backlog.
-        self.subscribed = self._wanted <= self.subscriptions
+        self.subscribed = self.confirmed
         self._compare_grants(properties)
 
     def _compare_grants(self, properties: Any) -> None:
@@ -238,18 +258,24 @@ class BrokerConnection:
             self.problem = f"the broker ended the connection: {reason}."
         self._ended()
 
-    def _on_message(self, _c: object, _u: object, message: mqtt.MQTTMessage) -> None:
-        if message.qos and not self._takes_in:
-            return
-        self._inbox.receive(
-            message._topic,  # the raw bytes: the public property raises when they are not UTF-8
-            bytes(message.payload),
-            qos=message.qos,
-            retain=message.retain,
-            packet_id=message.mid,
-            dup=message.dup,
-            properties=_readable(message.properties),
-        )
+    def _on_publish(self, flags: int, body: bytearray) -> bool:
+        """Take one PUBLISH packet in; False when the broker may not send it, and the connection has to end."""
+        try:
+            publish = parse(flags, body, is_v5=self._is_v5)
+        except MalformedPublish as error:
+            self.problem = f"the broker sent {error}; disconnected."
+            return False
+        if self._takes_in or not publish.qos:
+            self._inbox.receive(
+                publish.topic,
+                publish.payload,
+                qos=publish.qos,
+                retain=publish.retain,
+                packet_id=publish.packet_id,
+                dup=publish.dup,
+                properties=publish.properties,
+            )
+        return True
 
     # -- subscribing
 
@@ -261,16 +287,17 @@ class BrokerConnection:
             self._subscribe()
 
     def _subscribe(self) -> None:
-        """SUBSCRIBE to all on every connect; over MQTT 3.1.1, where that brings the retained messages, to what is new."""
+        """SUBSCRIBE on every connect; over MQTT 3.1.1, where that brings the retained messages, once in a process.
+
+        Not on the word of the database alone: a process may have died between a CONNECT that began a new session and
+        its SUBSCRIBE, and nothing would ever arrive in that session.
+        """
         if dropped := sorted(self.subscriptions - self._wanted):
             log.info("unsubscribing from what is no longer wanted", filters=dropped)
             self._client.unsubscribe(dropped)
-        known = frozenset() if self._is_v5 else self.subscriptions
-        self._asked = [name for name in self._wire_filters() if name not in known]
-        if self._asked:
-            _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._asked])
-        else:
-            self.subscriptions = self._wanted
+        if self._is_v5 or not self.confirmed:
+            _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._wire_filters()])
+        self.subscriptions |= self._wanted
 
     def _options(self) -> Any:
         if not self._is_v5:
@@ -285,18 +312,15 @@ class BrokerConnection:
     def _on_subscribe(self, _c: object, _u: object, packet_id: int, reasons: list[ReasonCode], _p: Any) -> None:
         if packet_id != self._suback_for:
             return
-        refused = [(name, r) for name, r in zip(self._asked, reasons, strict=False) if r.is_failure]
-        if refused:
-            names = ", ".join(f"{name} ({reason})" for name, reason in refused)
-            self.subscribed = False
-            self.problem = (
-                f"the broker refused to subscribe to {names}. Allow it in the broker's ACL, or change MQTT_TOPICS."
-            )
+        answers = list(zip(self._wire_filters(), reasons, strict=False))
+        refused = [f"{name} ({reason})" for name, reason in answers if reason.is_failure]
+        lowered = [name for name, reason in answers if not reason.is_failure and reason.value < self._settings.mqtt_qos]
+        self.problem = _subscription_problem(refused, lowered)
+        self.subscribed = self.confirmed = self.problem is None
+        if self.problem:
             self._subscribe_at_s = self._clock() + RESUBSCRIBE_S
-            return
-        self.problem = None
-        self.subscribed = True
-        self.subscriptions = self._wanted
+        else:
+            self.subscriptions = self._wanted
 
     # -- the barrier
 
@@ -308,7 +332,7 @@ class BrokerConnection:
         if unproven < BARRIER_EVERY_ACKS and self._takes_in and self._clock() - self._barrier_s < BARRIER_EVERY_S:
             return
         mark = self._acks.mark()
-        _, packet_id = self._client.unsubscribe(f"mqtt-bridge/barrier/{self._settings.mqtt_client_id}")
+        _, packet_id = self._client.unsubscribe(BARRIER)
         if packet_id is not None:
             self._barrier = (packet_id, mark)
 
@@ -319,16 +343,18 @@ class BrokerConnection:
             self._barrier_s = self._clock()
 
 
-def _leave_writing_to_the_loop(*_: object) -> None:
+def _subscription_problem(refused: Sequence[str], lowered: Sequence[str]) -> str | None:
+    if refused:
+        names = ", ".join(refused)
+        return f"the broker refused to subscribe to {names}. Allow it in the broker's ACL, or change MQTT_TOPICS."
+    if lowered:
+        names = ", ".join(lowered)
+        return f"the broker grants only QoS 0 for {names}, and may lose messages. Raise its limit, or set MQTT_QOS=0."
     return None
 
 
-def _readable(properties: Properties | None) -> Mapping[str, Any] | None:
-    """MQTT 5 properties as JSON can hold them; None for the usual message without any."""
-    if properties is None or properties.isEmpty():  # type: ignore[no-untyped-call]
-        return None
-    content: Mapping[str, Any] = properties.json()  # type: ignore[no-untyped-call]
-    return content
+def _leave_writing_to_the_loop(*_: object) -> None:
+    return None
 
 
 def prepare_client(client: mqtt.Client, settings: Settings) -> None:

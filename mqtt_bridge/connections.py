@@ -11,10 +11,13 @@ Connections are in autocommit mode: whoever borrows one says BEGIN and COMMIT. A
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import cast
+from typing import Any, cast
 
 import psycopg2
 from psycopg2 import extensions, pool
@@ -33,6 +36,24 @@ class BridgeConnection(extensions.connection):
         """True until a statement has succeeded: a first failure after that may only mean that it had gone stale."""
         self.encoders: dict[str, Encoder] = {}
         """By table. As old as the connection: a table that is changed is read again by the next one."""
+        self.cursor_factory = _NotingCursor
+        self.statement_s = time.monotonic()
+        """Monotonic time at which the last statement was sent."""
+
+
+class _NotingCursor(extensions.cursor):
+    """Notes when a statement begins, so that a server which never answers can be told from one that has much to do."""
+
+    def execute(self, *args: Any, **kwargs: Any) -> None:
+        self._note()
+        super().execute(*args, **kwargs)
+
+    def copy_expert(self, *args: Any, **kwargs: Any) -> None:
+        self._note()
+        super().copy_expert(*args, **kwargs)
+
+    def _note(self) -> None:
+        cast(BridgeConnection, self.connection).statement_s = time.monotonic()
 
 
 class Connections:
@@ -47,7 +68,7 @@ class Connections:
         self._lock = threading.Lock()
         # Guarded by the lock:
         self._pool: pool.ThreadedConnectionPool | None = None
-        self._in_use = 0
+        self._lent: dict[BridgeConnection, float] = {}  # and how long a statement on it may take
         self._closed = False
 
     @property
@@ -58,19 +79,20 @@ class Connections:
     @property
     def in_use(self) -> int:
         """How many connections are lent out now."""
-        return self._in_use
+        return len(self._lent)
 
     @contextmanager
-    def connection(self) -> Iterator[BridgeConnection]:
+    def connection(self, *, limit_s: float = 60.0) -> Iterator[BridgeConnection]:
         """Borrow a connection. One that comes back broken, or in a transaction, is closed and replaced.
 
+        A statement that takes longer than `limit_s` is taken for one that is never answered, see `cut_silent`.
         Raises psycopg2.Error when no connection can be made, SinkError when none is free for too long.
         """
         if not self._free.acquire(timeout=self._wait_s):
             raise SinkError(f"no database connection was free for {self._wait_s:g} s; raise DB_POOL_SIZE")
         try:
             owner = self._current()
-            connection = self._take(owner)
+            connection = self._take(owner, limit_s)
             try:
                 yield connection
             finally:
@@ -89,29 +111,52 @@ class Connections:
                 )
             return self._pool
 
-    def _take(self, owner: pool.ThreadedConnectionPool) -> BridgeConnection:
-        connection = owner.getconn()
+    def _take(self, owner: pool.ThreadedConnectionPool, limit_s: float) -> BridgeConnection:
+        connection = cast(BridgeConnection, owner.getconn())  # by the pool's connection_factory
+        connection.statement_s = time.monotonic()
         with self._lock:
-            self._in_use += 1
-        return cast(BridgeConnection, connection)  # by the pool's connection_factory
+            self._lent[connection] = limit_s
+        return connection
 
     def _give_back(self, owner: pool.ThreadedConnectionPool, connection: BridgeConnection) -> None:
         _leave_transaction(connection)
         broken = connection.closed != 0
         with self._lock:
-            self._in_use -= 1
+            del self._lent[connection]
             if broken and self._pool is owner:
                 self._pool = None  # the others died with it; those lent out are closed as they come back
             retired = self._pool is not owner
         owner.putconn(connection, close=broken or retired)
+
+    def cut_silent(self) -> int:
+        """Shut the sockets of lent connections whose statement is overdue; returns how many.
+
+        A peer that is reachable but silent (a hung proxy, a stopped server) would block its borrower for ever. Cut
+        off, the borrower fails at once, and finds out by the ledger what became of its batch.
+        """
+        now = time.monotonic()
+        with self._lock:
+            silent = [lent for lent, limit_s in self._lent.items() if now - lent.statement_s > limit_s]
+            return sum(map(_shut, silent))
 
     def close(self) -> None:
         """Close every connection; those lent out are closed when they come back. Idempotent."""
         with self._lock:
             self._closed = True
             owner, self._pool = self._pool, None
-        if owner is not None and not self._in_use:
+        if owner is not None and not self._lent:
             owner.closeall()
+
+
+def _shut(connection: BridgeConnection) -> bool:
+    try:
+        # A duplicate of the descriptor: libpq goes on owning its own, and sees the end of the stream.
+        with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+            duplicate.shutdown(socket.SHUT_RDWR)
+    except (OSError, psycopg2.Error):
+        return False
+    connection.statement_s = time.monotonic()  # not again before it has had the time to notice
+    return True
 
 
 def _leave_transaction(connection: BridgeConnection) -> None:

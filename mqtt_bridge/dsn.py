@@ -67,7 +67,8 @@ def complete(url: str, *, environ: Mapping[str, str], dotenv: Mapping[str, str])
     in_environ = _libpq_parameters(environ)
     defaults = _DEFAULTS | _multi_host(in_environ | given)
     missing = {name: value for name, value in defaults.items() if name not in in_environ}
-    return make_dsn(**missing | given)
+    # Rows are copied as UTF-8 bytes: under another client encoding the server would store something else.
+    return make_dsn(**missing | given | {"client_encoding": "UTF8"})
 
 
 def fault(url: str) -> str | None:

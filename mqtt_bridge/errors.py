@@ -165,7 +165,9 @@ def classify(error: BaseException, *, connected: bool) -> Failure:
     lost = sqlstate is None and isinstance(error, psycopg2.InterfaceError | psycopg2.OperationalError)
     if lost or not connected:
         return Failure(Verdict.RECONNECT, _sentence(error), _connect_remedy(str(error)), sqlstate)
-    return Failure(_verdict(sqlstate, error), _sentence(error), _SQLSTATE_REMEDIES.get(sqlstate or "", ""), sqlstate)
+    verdict = _verdict(sqlstate, error)
+    remedy = "" if verdict is Verdict.ROW else _SQLSTATE_REMEDIES.get(sqlstate or "", "")
+    return Failure(verdict, _sentence(error), remedy, sqlstate)
 
 
 def _verdict(sqlstate: str | None, error: psycopg2.Error) -> Verdict:
@@ -197,7 +199,7 @@ _CONNECT_REMEDIES = (
     (r"role .* does not exist", "Create the role, or correct the user in DATABASE_URL."),
     ("is not permitted to log in", "Give the role LOGIN, or use another user in DATABASE_URL."),
     ("no pg_hba.conf entry", "Allow this host, user and database in the server's pg_hba.conf."),
-    (r"too many clients|connection slots", "Raise max_connections on the server, or lower DB_POOL_SIZE."),
+    (r"too many (clients|connections)|connection slots", "Raise max_connections on the server, or lower DB_POOL_SIZE."),
     (r"could not translate host name|name or service not known", "Correct the host in DATABASE_URL (or PGHOST)."),
     ("server does not support SSL", "Enable SSL on the server, or lower sslmode in DATABASE_URL (or PGSSLMODE)."),
     (r"certificate|SSL error", "Correct sslmode, sslrootcert, sslcert or sslkey in DATABASE_URL."),
@@ -227,6 +229,7 @@ _SQLSTATE_REMEDIES = {
     "28P01": "Correct the user and password in DATABASE_URL.",
     "08P01": "The table's columns are not of the types that the bridge writes: `mqtt-bridge check` names them.",
     "23514": "Create a partition for these times, or a default partition: `mqtt-bridge schema` prints how.",
+    "57014": "It took longer than DB_STATEMENT_TIMEOUT_S: raise that, or look for what slows the server down.",
     "53100": "Free disk space on the database server.",
     "53200": "Give the database server more memory.",
     "53300": "Raise max_connections on the server, or lower DB_POOL_SIZE.",

@@ -130,6 +130,8 @@ class Ledger:
         self._here: set[int] = set()  # known positions that were delivered on the current connection
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
         self._prunable: list[BatchKey] = []  # rows to delete with the next batch
+        self._newest: tuple[int, BatchKey] | None = None  # the row that reaches furthest, and its last position
+        self._noted = 0  # highest position that a row was made for
 
     # -- start and connections
 
@@ -139,6 +141,7 @@ class Ledger:
         self._session_epoch = claim.session_epoch
         for entry in claim.entries:
             self._remember(entry)
+            self._note_newest(entry)
         if self._committed:
             self._highest = self._last_position = max(self._committed)
             self._last_id = (self._last_position - 1) % LAP + 1
@@ -166,6 +169,9 @@ class Ledger:
         # Entries of the old session can match nothing. Their rows are kept until they are settled: one may belong
         # to a batch whose COMMIT answer was lost, and its retry needs the row.
         self._prunable.extend(self._unproven)
+        if self._newest is not None and self._newest[1] not in self._unproven:
+            self._prunable.append(self._newest[1])
+        self._newest = None
         self._unproven.clear()
         self._committed.clear()
         self._pending.clear()
@@ -245,6 +251,7 @@ class Ledger:
         if not marks or not self._matching:
             return 0, b""
         first, last = min(marks), max(marks)
+        self._noted = max(self._noted, last)
         return first, b"".join(marks.get(position, _GAP) for position in range(first, last + 1))
 
     def settled(self, entry: Entry, messages: Sequence[Message]) -> None:
@@ -252,12 +259,30 @@ class Ledger:
         if entry.raises_session:
             self.session_raised(entry.session_epoch)
         self._unproven[entry.key] = 0
+        self._note_newest(entry)
         for message in messages:
             mark = self._pending.pop(message.position, None)
             if mark is not None and entry.fingerprints:
                 self._commit(message.position, mark, entry.key)
         if not self._unproven[entry.key]:
             self._release_row(entry.key)
+
+    @property
+    def lags(self) -> bool:
+        """Whether positions have moved on so far that the database should be told, though nothing is to be stored."""
+        return self._matching and self._highest - self._noted > REACH // 3
+
+    def _note_newest(self, entry: Entry) -> None:
+        """The newest row is kept even when it is proven: a restarted process measures distances from it."""
+        if not entry.fingerprints:
+            return
+        last_position = entry.first_position + len(entry.fingerprints) // 8 - 1
+        before = self._newest
+        if before is not None and last_position <= before[0]:
+            return
+        self._newest = (last_position, entry.key)
+        if before is not None and before[1] not in self._unproven:
+            self._prunable.append(before[1])
 
     def _commit(self, position: int, mark: bytes, key: BatchKey) -> None:
         self._committed[position] = (mark, key)
@@ -293,13 +318,18 @@ class Ledger:
             self._release_row(key)
 
     def take_prunable(self) -> tuple[BatchKey, ...]:
-        """Some ledger rows that no redelivery and no retry needs any more; the caller deletes them."""
+        """Some ledger rows that no redelivery and no retry needs any more; the caller deletes or gives them back."""
         taken, self._prunable = tuple(self._prunable[:PRUNE_AT_ONCE]), self._prunable[PRUNE_AT_ONCE:]
         return taken
 
+    def give_back(self, keys: Sequence[BatchKey]) -> None:
+        """The caller of `take_prunable` could not delete these."""
+        self._prunable[:0] = keys
+
     def _release_row(self, key: BatchKey) -> None:
         del self._unproven[key]
-        self._prunable.append(key)
+        if self._newest is None or key != self._newest[1]:
+            self._prunable.append(key)
 
     def _forget_out_of_reach(self) -> None:
         """Positions too old to come again. Acknowledged before a cut, the broker never mentions them."""
@@ -353,6 +383,14 @@ WHERE client_id = %(client_id)s ORDER BY owner_epoch, batch
 """
 
 
+def check_owner(connection: Connection, client_id: str, *, owner_epoch: int) -> None:
+    """`Fenced` when the client id has a new owner."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT owner_epoch FROM mqtt_bridge.owners WHERE client_id = %s", (client_id,))
+        if cursor.fetchone() != (owner_epoch,):
+            raise Fenced(_FENCED)
+
+
 def raise_session(connection: Connection, client_id: str, *, owner_epoch: int, session_epoch: int) -> None:
     """Write a raised session epoch, in a transaction of its own. `Fenced` when the client id has a new owner."""
     with connection.cursor() as cursor:
@@ -366,7 +404,7 @@ def raise_session(connection: Connection, client_id: str, *, owner_epoch: int, s
 
 
 _RAISE = """
-UPDATE mqtt_bridge.owners SET session_epoch = greatest(session_epoch, %(session_epoch)s)
+UPDATE mqtt_bridge.owners SET session_epoch = greatest(session_epoch, %(session_epoch)s), subscriptions = NULL
 WHERE client_id = %(client_id)s AND owner_epoch = %(owner_epoch)s
 """
 _FENCED = "another process has taken over this client id"
@@ -419,7 +457,8 @@ def prune(connection: Connection, client_id: str, keys: Sequence[BatchKey]) -> N
 
 
 _RAISE_ON_THE_WAY = sql.SQL(
-    "UPDATE mqtt_bridge.owners SET session_epoch = greatest(session_epoch, {session}) WHERE client_id = {client_id};"
+    "UPDATE mqtt_bridge.owners SET session_epoch = greatest(session_epoch, {session}), subscriptions = NULL"
+    " WHERE client_id = {client_id};"
 )
 _WRITE = sql.SQL(
     "INSERT INTO mqtt_bridge.ledger (client_id, owner_epoch, batch, session_epoch, first_position, entries) VALUES ("

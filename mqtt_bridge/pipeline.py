@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ import structlog
 
 from mqtt_bridge.account import Account, Balance
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.errors import Fenced, MessageError
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
 from mqtt_bridge.model import DeadLetter, Message, Tally, Translation
@@ -37,6 +38,8 @@ MESSAGE_OVERHEAD = 400
 """Bytes that a queued message costs beside its topic and payload, measured on CPython 3.11."""
 BATCH_BYTES = 8 << 20
 """A batch ends early when its payloads exceed this, so that large messages do not make huge transactions."""
+TRANSACTION_ROWS = 50_000
+"""A batch of messages with very many values is stored in several transactions of about so many rows."""
 
 
 class Translator(Protocol):
@@ -114,12 +117,13 @@ class Pipeline:
         self._arrived = threading.Condition(self._lock)
         self._settled = threading.Condition(self._lock)
         self._queue: deque[Message] = deque()
-        self._in_hand: dict[int, Sequence[Message]] = {}  # by id of the list, in the order taken
+        self._in_hand: dict[int, list[Message]] = {}  # by worker thread; settled messages leave at the front
         self._held = 0  # messages in the queue and in hand, and what they cost
         self._held_bytes = 0
         self._owed = 0  # those of them that are QoS 1
         self._owed_bytes = 0
         self._account = Account()
+        self._complaint = Complaint()
         self._ledger = ledger
         self._draining = False
         self._stopped = False
@@ -152,6 +156,21 @@ class Pipeline:
         if self._executor is not None:
             self._executor.shutdown(wait=False)
         return not wait(self._futures, timeout_s).not_done
+
+    def give_up(self) -> tuple[int, int]:
+        """After `stop`: what could not be stored, as (left to the broker, lost). The lost ones are booked as dropped.
+
+        QoS 1 was not acknowledged, so the broker keeps it; QoS 0 is nobody's any more.
+        """
+        with self._lock:
+            held = [*self._queue, *(message for messages in self._in_hand.values() for message in messages)]
+            lost = [message for message in held if not message.qos]
+            self._account.book("dropped", len(lost))
+            self._hold(lost, -1)
+            self._queue = deque(message for message in self._queue if message.qos)
+            for worker, messages in self._in_hand.items():
+                self._in_hand[worker] = [message for message in messages if message.qos]
+            return len(held) - len(lost), len(lost)
 
     @property
     def alive(self) -> bool:
@@ -246,7 +265,7 @@ class Pipeline:
             while messages := self._take():
                 self._process(messages)
         except Stopped:
-            log.info("a batch is left to the broker, which will deliver it again")
+            log.debug("a worker has stopped with a batch in hand")
         except Fenced as error:
             self._on_fatal(error)
         except BaseException as error:
@@ -266,14 +285,15 @@ class Pipeline:
                 messages = self._pop()
             if self._queue:
                 self._arrived.notify()  # more than one batch was waiting
-            self._in_hand[id(messages)] = messages
+            self._in_hand[threading.get_ident()] = list(messages)
             return messages
 
     def _linger(self) -> None:
         """Give a small batch until `batch_wait_s` after its first message to grow."""
         while self._queue and len(self._queue) < self._limits.batch_size and not (self._draining or self._stopped):
             left_s = self._limits.batch_wait_s - (self._clock_us() - self._queue[0].received_us) / 1e6
-            if left_s <= 0 or not self._arrived.wait(left_s):
+            # The clock may have been set back meanwhile: never wait for longer than asked.
+            if left_s <= 0 or not self._arrived.wait(min(left_s, self._limits.batch_wait_s)):
                 return
 
     def _pop(self) -> list[Message]:
@@ -286,36 +306,45 @@ class Pipeline:
         return messages
 
     def _process(self, messages: list[Message]) -> None:
-        work = self._translate(messages)
-        if not work.translated and not work.dead_letters:
-            self._settle(work, None, Stored())
-            return
-        with self._lock:
-            entry = self._ledger.entry(messages)
-        stored = self._store.store(Batch(entry, work.translated, work.dead_letters))
-        self._settle(work, entry, stored)
+        for work in self._translate(messages):
+            with self._lock:
+                needless = not work.translated and not work.dead_letters and not self._ledger.lags
+                entry = None if needless else self._ledger.entry(work.messages)
+            stored = self._store.store(Batch(entry, work.translated, work.dead_letters)) if entry else Stored()
+            self._settle(work, entry, stored)
 
-    def _translate(self, messages: list[Message]) -> _Work:
-        """What is to be stored of `messages`; those that are ignored are only counted, in the tally."""
-        work = _Work(messages, [], [], Tally())
+    def _translate(self, messages: Sequence[Message]) -> Iterator[_Work]:
+        """What is to be stored of `messages`, in parts of a bounded number of rows."""
+        work, rows = _Work([], [], [], Tally()), 0
         for message in messages:
-            if message.retain and not self._keep_retained:
-                work.tally.ignore("retained")
-                continue
-            try:
-                translation = self._translator.translate(message, work.tally)
-            except MessageError as error:
-                work.dead_letters.append(DeadLetter(message, error.route, error.stage, error.reason))
-            except Exception as error:  # a bug in a decoder costs this message, not the stream
-                log.exception("a message could not be decoded for an unforeseen reason", topic=message.topic)
-                reason = f"unforeseen {type(error).__name__}: {error}"
-                work.dead_letters.append(DeadLetter(message, None, "decode", reason))
-            else:
-                if translation.ignored is None:
-                    work.translated.append((message, translation))
-                else:
-                    work.tally.ignore(translation.ignored)
-        return work
+            work.messages.append(message)
+            rows += self._translate_one(message, work)
+            if rows >= TRANSACTION_ROWS:
+                yield work
+                work, rows = _Work([], [], [], Tally()), 0
+        if work.messages:
+            yield work
+
+    def _translate_one(self, message: Message, work: _Work) -> int:
+        """Add one message to `work`; how many rows it has. One that is ignored is only counted, in the tally."""
+        if message.retain and not self._keep_retained:
+            work.tally.ignore("retained")
+            return 0
+        try:
+            translation = self._translator.translate(message, work.tally)
+        except MessageError as error:
+            work.dead_letters.append(DeadLetter(message, error.route, error.stage, error.reason))
+            return 0
+        except Exception as error:  # a bug in a decoder costs this message, not the stream
+            log.exception("a message could not be decoded for an unforeseen reason", topic=message.topic)
+            reason = f"unforeseen {type(error).__name__}: {error}"
+            work.dead_letters.append(DeadLetter(message, None, "decode", reason))
+            return 0
+        if translation.ignored is None:
+            work.translated.append((message, translation))
+        else:
+            work.tally.ignore(translation.ignored)
+        return len(translation.rows)
 
     def _settle(self, work: _Work, entry: Entry | None, stored: Stored) -> None:
         """The one place where messages end: tell the ledger, acknowledge, count."""
@@ -331,7 +360,7 @@ class Pipeline:
         with self._lock:
             # After the PUBACKs: who waits for the pipeline to be empty may rely on them being sent.
             self._book(work, stored)
-            del self._in_hand[id(messages)]
+            del self._in_hand[threading.get_ident()][: len(messages)]
             self._hold(messages, -1)
             self._settled.notify_all()
 
@@ -340,9 +369,20 @@ class Pipeline:
         self._account.book("ignored", sum(work.tally.ignored.values()))
         for letter in (*work.dead_letters, *stored.refused):
             self._account.book_dead_letter(letter.stage)
+            self._tell(letter)
         self._account.book_tally(work.tally)
         self._account.book_rows(stored.rows)
         self._account.book_latencies([message.received_us for message in work.messages], self._clock_us())
+
+    def _tell(self, letter: DeadLetter) -> None:
+        """Log the first dead letter of each kind in a minute: the table has them all."""
+        if self._complaint.is_news(f"{letter.stage} {letter.route} {letter.sqlstate}"):
+            log.warning(
+                "a message became a dead letter",
+                topic=letter.message.topic.decode("utf-8", "backslashreplace"),
+                stage=letter.stage,
+                error=letter.error,
+            )
 
     # -- what others ask
 
@@ -352,9 +392,14 @@ class Pipeline:
             self._ledger.prove(positions)
 
     def take_prunable(self) -> tuple[BatchKey, ...]:
-        """Ledger rows that nobody needs any more; the caller deletes them."""
+        """Ledger rows that nobody needs any more; the caller deletes them, or gives them back."""
         with self._lock:
             return self._ledger.take_prunable()
+
+    def give_back(self, keys: Sequence[BatchKey]) -> None:
+        """These rows could not be deleted."""
+        with self._lock:
+            self._ledger.give_back(keys)
 
     @property
     def session_to_raise(self) -> int | None:
@@ -370,7 +415,7 @@ class Pipeline:
     def balance(self) -> Balance:
         """The account of messages at this moment."""
         with self._lock:
-            in_hand = list(self._in_hand.values())
+            in_hand = [messages for messages in self._in_hand.values() if messages]
             heads = [messages[0].received_us for messages in in_hand]
             if self._queue:
                 heads.append(self._queue[0].received_us)

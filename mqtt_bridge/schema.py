@@ -48,6 +48,8 @@ class Column:
     name: str
     type: str
     """The type's name in the catalogue: `timestamptz`, `text`, `float8` ..."""
+    must_be_given: bool
+    """NOT NULL, and nothing fills it by itself."""
 
 
 def ddl(now: datetime | None = None) -> str:
@@ -120,6 +122,9 @@ def unfit(connection: Connection) -> list[str]:
         if name in columns and columns[name].type not in READINGS_TYPES[name]:
             wanted = " or ".join(sorted(READINGS_TYPES[name]))
             problems.append(f"column {READINGS}.{name} is of type {columns[name].type}, not {wanted}")
+    for name, column in columns.items():
+        if column.must_be_given and name not in READINGS_COLUMNS:
+            problems.append(f"column {READINGS}.{name} is NOT NULL and has no default: the bridge would not fill it")
     return problems
 
 
@@ -127,11 +132,13 @@ def columns_of(connection: Connection, table: str) -> tuple[Column, ...]:
     """The columns of `table` (looked up along the search path), in their order; none when there is no such table."""
     with connection.cursor() as cursor:
         cursor.execute(_COLUMNS, (sql.Identifier(*table.split(".")).as_string(connection),))
-        return tuple(Column(name, type_) for name, type_ in cursor.fetchall())
+        return tuple(Column(*row) for row in cursor.fetchall())
 
 
 _COLUMNS = """
-SELECT a.attname, t.typname FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+SELECT a.attname, t.typname,
+       a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AND a.attgenerated = ''
+FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
 WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
 """
 

@@ -58,6 +58,11 @@ _DELAYS_S = {
 }
 
 
+SILENCE_S = 15.0
+"""Beyond its own statement timeout the server is given this long to say so; then it is taken for silent."""
+PROBE_LIMIT_S = 5.0
+
+
 class Sink:
     """Stores batches through `connections`, as the owner of `client_id`."""
 
@@ -65,8 +70,9 @@ class Sink:
         self._connections = connections
         self._client_id = client_id
         self._transactions = Transactions(client_id=client_id, statement_timeout_s=statement_timeout_s)
+        self._limit_s = statement_timeout_s + SILENCE_S
         self._stop = threading.Event()
-        self._wake = threading.Event()
+        self._changed = threading.Condition()  # notified when the database is seen again, and by `stop`
         self._complaint = Complaint()
         self._owner_epoch = 0
         self._troubles: dict[int, Failure] = {}  # by thread: what keeps it from storing; each writes its own
@@ -74,6 +80,8 @@ class Sink:
         """Whether the database answered when it was last asked."""
         self.last_answer_s: float | None = None
         """Monotonic time of the last transaction or probe that succeeded."""
+        self.trouble_ended_s = time.monotonic()
+        """Monotonic time at which a trouble last ended; until then nothing could be expected to be stored."""
         self.retries = 0
 
     # -- start and stop
@@ -91,7 +99,7 @@ class Sink:
     def stop(self) -> None:
         """Give up whatever is being retried: `store` raises `Stopped`. Idempotent."""
         self._stop.set()
-        self._wake.set()
+        self._rouse()
 
     def store(self, batch: Batch) -> Stored:
         """Commit `batch`, however long that takes.
@@ -109,30 +117,36 @@ class Sink:
     # -- beside the batches
 
     def probe(self) -> bool:
-        """Ask the database whether it is there; wakes those who wait for it. Never raises for the database's sake."""
+        """Ask the database whether it is there, and whether the client id is still ours.
+
+        Wakes those who wait for the database. `Fenced` when another process has taken over.
+        """
         try:
-            with self._connections.connection() as connection, connection.cursor() as cursor:
-                cursor.execute("SELECT 1")
+            with self._connections.connection(limit_s=PROBE_LIMIT_S) as connection:
+                if self._owner_epoch:
+                    ledger.check_owner(connection, self._client_id, owner_epoch=self._owner_epoch)
+                else:
+                    _ask(connection)
+        except Fenced:
+            raise
         except (psycopg2.Error, BridgeError) as error:
             self._note(classify(error, connected=False))
             return False
-        was_away = not self.reachable
         self._answered()
         self._recovered()
-        if was_away:
-            self._wake.set()
         return True
 
     def raise_session(self, session_epoch: int) -> bool:
         """Write that the broker has lost the session; one try, False when it failed. `Fenced` as in `store`."""
         try:
-            with self._connections.connection() as connection:
-                ledger.raise_session(
+            self.run(
+                lambda connection: ledger.raise_session(
                     connection, self._client_id, owner_epoch=self._owner_epoch, session_epoch=session_epoch
                 )
-        except (psycopg2.Error, BridgeError) as error:
-            if isinstance(error, Fenced):
-                raise
+            )
+        except Fenced:
+            raise
+        except (psycopg2.Error, BridgeError):
             return False
         return True
 
@@ -150,7 +164,7 @@ class Sink:
 
     def run(self, action: Callable[[BridgeConnection], T]) -> T:
         """One try of `action` on a connection of the pool."""
-        with self._connections.connection() as connection:
+        with self._connections.connection(limit_s=self._limit_s) as connection:
             return action(connection)
 
     # -- retrying
@@ -175,8 +189,8 @@ class Sink:
     def _attempt(self, action: Callable[[BridgeConnection], T]) -> T:
         connection: BridgeConnection | None = None
         try:
-            with self._connections.connection() as connection:
-                return action(connection)
+            with self._connections.connection(limit_s=self._limit_s) as connection:
+                return _drop_if_useless(connection, action)
         except Fenced:
             raise
         except Exception as error:  # every error has a verdict; none may end a worker
@@ -203,20 +217,47 @@ class Sink:
         level(f"nothing can be stored: {failure}", consequence="messages are held, unacknowledged", **_fields(failure))
 
     def _answered(self) -> None:
-        self.reachable = True
+        was_away, self.reachable = not self.reachable, True
         self.last_answer_s = time.monotonic()
+        if was_away:
+            self._rouse()
+
+    def _rouse(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _recovered(self) -> None:
         """This thread's trouble is over; that of another may go on."""
         had_trouble = self._troubles.pop(threading.get_ident(), None)
+        if had_trouble:
+            self.trouble_ended_s = time.monotonic()
         if had_trouble and not self._troubles and self._complaint.clear():
             log.info("the database stores again")
 
     def _nap(self, seconds: float) -> None:
         """Sleep until the delay is over, the database is seen again, or the bridge stops."""
-        self._wake.clear()
-        if not self._stop.is_set():
-            self._wake.wait(seconds)
+        with self._changed:
+            # Decided under the lock: `stop` sets its event first, so that its notification cannot be missed.
+            if not self._stop.is_set():
+                self._changed.wait(seconds)
+
+
+def _drop_if_useless(connection: BridgeConnection, action: Callable[[BridgeConnection], T]) -> T:
+    """Run `action`; a connection whose error asks for a new one is closed, and takes its idle fellows with it.
+
+    Such as one to a server that has become read-only: its sessions stay so, even when the server no longer is.
+    """
+    try:
+        return action(connection)
+    except psycopg2.Error as error:
+        if classify(error, connected=not connection.closed).verdict is Verdict.RECONNECT:
+            connection.close()
+        raise
+
+
+def _ask(connection: BridgeConnection) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1")
 
 
 def _fields(failure: Failure) -> dict[str, str]:

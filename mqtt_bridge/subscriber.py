@@ -79,6 +79,7 @@ class Subscriber:
         self._connects = 0
         self.subscriptions: frozenset[str] = frozenset()
         """Filters that the session at the broker is known to have; set from the database before `start`."""
+        self._confirmed = False
 
     # -- for other threads
 
@@ -103,13 +104,13 @@ class Subscriber:
         self._stop.set()
         return self._gone.wait(timeout_s)
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread. Idempotent, safe when never started."""
         self._leaving.set()
         self._stop.set()
         self._gone.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)
+            self._thread.join(max(0.5, timeout_s))
 
     @property
     def alive(self) -> bool:
@@ -154,6 +155,7 @@ class Subscriber:
                 inbox=self._inbox,
                 acks=self._acks,
                 subscriptions=self.subscriptions,
+                confirmed=self._confirmed,
             )
             connection.open()
         except SettingsError as error:  # a secret or a TLS file has become unreadable
@@ -168,6 +170,7 @@ class Subscriber:
             on_purpose = self._receive(connection)
         finally:
             self._connection = None
+            self.subscriptions, self._confirmed = connection.subscriptions, connection.confirmed
             connection.close()
         if not on_purpose:
             self._complain(connection.problem or "the connection to the broker is lost; trying again.")

@@ -93,9 +93,12 @@ class Transactions:
             with connection.cursor() as cursor, _reading_the_ledger():
                 # One string, one round trip: BEGIN, settings, ledger and the first COPY together.
                 statement: sql.Composable = self._prologue(batch)
-                for copy, data in self._copies(connection, batch.translated, batch.dead_letters):
+                copies = self._copies(connection, batch.translated, batch.dead_letters)
+                for copy, data in copies:
                     _copy(cursor, statement + copy, data)
                     statement = sql.SQL("")
+                if not copies:  # nothing but the ledger row, see `Ledger.lags`
+                    cursor.execute(statement)
                 stored = self._commit(cursor, batch.entry.key, Stored(_count(batch.translated)))
             if batch.translated:
                 self._breaker.stored()

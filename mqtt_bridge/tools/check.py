@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import psycopg2
+from psycopg2 import sql
 
 from mqtt_bridge import schema
 from mqtt_bridge.acks import AckTracker
@@ -103,8 +104,12 @@ def _check_creation(connection: BridgeConnection, absent: Sequence[str]) -> Iter
     if database and in_schema:
         yield Finding("ok", f"the bridge will create at its start what is missing: {len(absent)} tables")
         return
-    grants = [] if database else [f"GRANT CREATE ON DATABASE {connection.info.dbname} TO {role}"]
-    grants += [] if in_schema else [f"GRANT CREATE ON SCHEMA {name or 'public'} TO {role}"]
+    quoted = {
+        key: sql.Identifier(value).as_string(connection)
+        for key, value in {"role": role, "database": connection.info.dbname, "schema": name or "public"}.items()
+    }
+    grants = [] if database else ["GRANT CREATE ON DATABASE {database} TO {role}".format(**quoted)]
+    grants += [] if in_schema else ["GRANT CREATE ON SCHEMA {schema} TO {role}".format(**quoted)]
     yield Finding(
         "problem",
         f"database: tables are missing and {role} may not create them (PostgreSQL 15 and newer refuse CREATE in public"
@@ -180,6 +185,7 @@ def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding
     finally:
         if connection is not None:
             connection.leave()
+            connection.step(0.1)  # that is when DISCONNECT is written
             connection.close()
 
 
