@@ -160,9 +160,9 @@ class Bridge:
         """The watchdog's life, until the very end: also a shutdown must not hang on a silent database."""
         while not self._stopped.wait(1.0):
             if self._connections.cut_silent():
-                log.warning("a database connection was cut: the server is there but does not answer", stacks=stacks())
+                log.warning("a database connection was cut: the server is there but does not answer", stack=stacks())
             for reason in self._dead_threads():
-                log.critical("the bridge cannot go on", reason=reason, stacks=stacks())
+                log.critical("the bridge cannot go on", reason=reason, stack=stacks())
                 self._fail(BridgeError(reason))
 
     def request_stop(self) -> None:
@@ -198,7 +198,7 @@ class Bridge:
         self._sink.stop()
         self._subscriber.stop(left_s())
         if not self._pipeline.stop(max(1.0, left_s())):
-            log.warning("a worker hangs in the database; its batch is left to the broker", stacks=stacks())
+            log.warning("a worker hangs in the database; its batch is left to the broker", stack=stacks())
         self._account_for_the_rest()
         self._stopped.set()
         self._tender_wakes.set()

@@ -25,6 +25,7 @@ from mqtt_bridge.broker_connection import prepare_client
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, SettingsError, classify
 from mqtt_bridge.settings import Settings, load, unknown_names
+from mqtt_bridge.tools.dead_letter_commands import dead_letters
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -321,6 +322,9 @@ def _progress_bar(count: int | None, duration: float | None) -> Any:
             bar.update(min(done, length) - bar.pos)
 
         yield update
+
+
+group.add_command(dead_letters)
 
 
 @group.command(

@@ -26,6 +26,10 @@ from mqtt_bridge.copying import Encoder
 from mqtt_bridge.errors import SinkError
 
 
+CLOSE_S = 0.5
+"""How long `close` waits for a connection that is being made."""
+
+
 class BridgeConnection(extensions.connection):
     """A connection that remembers how to write into the tables it has seen."""
 
@@ -141,9 +145,11 @@ class Connections:
 
     def close(self) -> None:
         """Close every connection; those lent out are closed when they come back. Idempotent."""
-        with self._lock:
-            self._closed = True
-            owner, self._pool = self._pool, None
+        self._closed = True
+        if not self._lock.acquire(timeout=CLOSE_S):
+            return  # somebody is connecting: that connection is closed by its end
+        owner, self._pool = self._pool, None
+        self._lock.release()
         if owner is not None and not self._lent:
             owner.closeall()
 

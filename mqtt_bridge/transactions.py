@@ -63,7 +63,7 @@ class Transactions:
 
     def __init__(self, *, client_id: str, statement_timeout_s: float) -> None:
         self._client_id = client_id
-        self._begin = _begin(statement_timeout_s)
+        self._begin = begin(statement_timeout_s)
         self._readings = copying.ReadingsEncoder()
         self._dead_letters = copying.encoder(dead_letters.TYPES)
         self._breaker = Breaker()
@@ -149,7 +149,7 @@ class Transactions:
         with connection.cursor() as cursor, _reading_the_ledger():
             cursor.execute(self._prologue(batch))
             cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # a deferred one would fail at COMMIT, naming no row
-            self._store_part(connection, cursor, batch.translated, refused)
+            self.store_part(connection, cursor, batch.translated, refused)
             self._pause_if_the_database_is_at_fault(batch, refused)
             letters = [
                 DeadLetter(message, translation.route, "store", failure.sentence, failure.sqlstate)
@@ -170,7 +170,7 @@ class Transactions:
         if self._breaker.refused(reason, rows=rows, topics={message.topic for message, _ in batch.translated}):
             raise SinkError(f"every row of every topic is refused alike, as by a changed table: {refused[0][1]}")
 
-    def _store_part(
+    def store_part(
         self,
         connection: BridgeConnection,
         cursor: Cursor,
@@ -193,8 +193,8 @@ class Transactions:
             refused.append((part[0], failure))
             return
         middle = len(part) // 2
-        self._store_part(connection, cursor, part[:middle], refused)
-        self._store_part(connection, cursor, part[middle:], refused)
+        self.store_part(connection, cursor, part[:middle], refused)
+        self.store_part(connection, cursor, part[middle:], refused)
 
 
 def _reason(refused: Sequence[tuple[Translated, Failure]]) -> str | None:
@@ -207,7 +207,7 @@ def _failure(error: Exception, connection: BridgeConnection) -> Failure:
     return classify(error, connected=not connection.closed)
 
 
-def _begin(statement_timeout_s: float) -> sql.Composable:
+def begin(statement_timeout_s: float) -> sql.Composable:
     """BEGIN with the limits of a batch. SET LOCAL, since PgBouncer refuses or forgets settings of the session."""
     return sql.SQL(
         "BEGIN; SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = '10s';"

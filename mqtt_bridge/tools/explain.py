@@ -62,7 +62,7 @@ def render(explanation: Explanation) -> str:
     lines = [explanation["topic"], f"  {_sentence(explanation)}"]
     if explanation["rows"]:
         lines += ["", *(f"    {line}" for line in _aligned(explanation["rows"]))]
-    return "\n".join(map(_printable, lines))
+    return "\n".join(map(printable, lines))
 
 
 def _explanation(
@@ -152,6 +152,6 @@ def _cell(name: str, value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without what a terminal would obey or an encoder refuse: devices choose these texts."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

@@ -82,7 +82,7 @@ def test_positions_go_on_where_packet_ids_wrap():
 def test_packet_ids_may_be_skipped():
     ledger = fresh()
 
-    assert receive(ledger, [5, 9, 9 + REACH, LAP, 20]) == [5, 9, 9 + REACH, LAP, LAP + 20]
+    assert receive(ledger, [5, 9, 9 + REACH, 60_000, 20]) == [5, 9, 9 + REACH, 60_000, LAP + 20]
 
 
 def test_a_constant_payload_is_new_each_time_through_two_wraps():
@@ -346,9 +346,10 @@ def test_rows_of_a_lost_session_are_pruned_when_they_are_settled():
     unsettled = ledger.entry(messages)
 
     ledger.connected(session_present=False)
-
     assert next_pruned(ledger) == (settled.key,)
     ledger.settled(unsettled, messages)
+    commit(ledger, receive(ledger, [1]))
+
     assert next_pruned(ledger) == (unsettled.key,)
 
 
@@ -417,6 +418,7 @@ def test_a_row_is_pruned_when_all_of_it_is_proven_and_not_before():
     ledger = fresh()
     positions = receive(ledger, [1, 2, 3])
     entry = commit(ledger, positions)
+    commit(ledger, receive(ledger, [4]))
 
     ledger.prove(positions[:2])
     assert next_pruned(ledger) == ()
@@ -424,6 +426,43 @@ def test_a_row_is_pruned_when_all_of_it_is_proven_and_not_before():
     ledger.prove(positions[2:])
     assert next_pruned(ledger) == (entry.key,)
     assert next_pruned(ledger) == ()
+
+
+def test_the_newest_row_is_kept_to_count_from_until_there_is_a_newer_one():
+    ledger = fresh()
+    first = commit(ledger, receive(ledger, [1]))
+    ledger.prove([1])
+    assert next_pruned(ledger) == ()
+
+    second = commit(ledger, receive(ledger, [2]))
+
+    assert next_pruned(ledger) == (first.key,)
+    restarted = loaded(second)
+    assert receive(restarted, [3 + REACH]) == [3 + REACH]
+
+
+def test_rows_that_could_not_be_deleted_are_given_back():
+    ledger = fresh()
+    first = commit(ledger, receive(ledger, [1]))
+    commit(ledger, receive(ledger, [2]))
+    ledger.prove([1])
+
+    ledger.give_back(ledger.take_prunable())
+
+    assert ledger.take_prunable() == (first.key,)
+    assert ledger.take_prunable() == ()
+
+
+def test_a_ledger_lags_when_much_was_received_and_nothing_was_stored():
+    ledger = fresh()
+    for packet_id in range(1, REACH // 2, 100):
+        positions = receive(ledger, [packet_id])
+        ledger.forget(positions)
+    assert ledger.lags
+
+    ledger.entry([message(position) for position in receive(ledger, [REACH // 2])])
+
+    assert not ledger.lags
 
 
 def test_a_row_is_not_pruned_before_its_commit_is_known():
@@ -447,13 +486,15 @@ def test_a_row_without_fingerprints_is_pruned_when_it_is_settled():
 
 
 def test_rows_of_a_predecessor_are_pruned_when_their_redeliveries_are_proven():
-    entry = Entry(BatchKey(1, 1), 1, 1, SAME * 2)
-    restarted = loaded(entry)
-    positions = [restarted.place(packet_id, SAME, dup=True)[0] for packet_id in (1, 2)]
+    entries = Entry(BatchKey(1, 1), 1, 1, SAME * 2), Entry(BatchKey(1, 2), 1, 3, SAME)
+    restarted = loaded(*entries)
+    positions = [restarted.place(packet_id, SAME, dup=True)[0] for packet_id in (1, 2, 3)]
 
     restarted.prove(positions)
+    assert next_pruned(restarted) == (entries[0].key,)
+    commit(restarted, receive(restarted, [4]))
 
-    assert next_pruned(restarted) == (entry.key,)
+    assert next_pruned(restarted) == (entries[1].key,)
 
 
 def test_no_more_rows_are_pruned_at_once_than_a_statement_should_carry():
@@ -740,7 +781,10 @@ class LedgerMachine(RuleBasedStateMachine):
         for key in self.ledger.take_prunable():
             del self.database.rows[key]
 
-    @rule(random=st.randoms(use_true_random=False), marks=st.lists(st.sampled_from([SAME, OTHER]), min_size=6, max_size=12))
+    @rule(
+        random=st.randoms(use_true_random=False),
+        marks=st.lists(st.sampled_from([SAME, OTHER]), min_size=6, max_size=12),
+    )
     def be_busy(self, random, marks):
         """Deliver, batch, commit and settle, each but a part of it and out of order, as several workers do."""
         self.publish(marks=marks)

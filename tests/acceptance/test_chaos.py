@@ -1,0 +1,50 @@
+"""Under kills, crashes, cuts and restarts all at once, every message is stored exactly once; and were it not so, the
+test would show it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.program import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def chaos(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and result of a run."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.chaos", *arguments, "--json"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=160,
+        check=False,
+    )
+    print(ended.stderr, ended.stdout)
+    return ended.returncode, json.loads(ended.stdout)
+
+
+def test_under_kills_crashes_cuts_and_restarts_every_message_is_stored_exactly_once():
+    code, result = chaos("--quick")
+
+    assert (result["published"], result["repeated_by_publisher"]) == (4000, 0)
+    assert result["comparison"]["stored"] == 4000
+    assert [result["comparison"][name] for name in ("lost", "duplicated", "different")] == [0, 0, 0]
+    assert result["missed"] == {}
+    assert result["recognised"] > 0
+    assert result["good"]
+    assert code == 0
+
+
+def test_without_the_ledger_the_same_faults_bring_duplicates_and_lose_nothing():
+    code, result = chaos("--quick", "--messages", "2000", "--without-ledger")
+
+    assert result["comparison"]["duplicated"] > 0
+    assert result["comparison"]["lost"] == 0
+    assert result["recognised"] == 0
+    assert code == 1

@@ -1,0 +1,308 @@
+"""The pool against a real PostgreSQL: it waits, it replaces what has died, it leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+
+import psycopg2
+import pytest
+from psycopg2 import extensions
+
+from mqtt_bridge.connections import Connections
+from mqtt_bridge.errors import SinkError
+from tests.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def database(postgres_server):
+    yield postgres_server.create_database("test_connections")
+    postgres_server.drop_database("test_connections")
+
+
+@pytest.fixture
+def observer(database):
+    """A connection beside the pool."""
+    with closing(psycopg2.connect(database)) as connection:
+        connection.autocommit = True
+        yield connection
+
+
+@pytest.fixture
+def pool_of(observer):
+    """Makes pools, closes them, and sees to it that none of their connections is left."""
+    pools = []
+
+    def make(dsn, *, size=2, **kwargs):
+        pools.append(Connections(dsn if callable(dsn) else lambda: dsn, size=size, **kwargs))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+    wait_until(lambda: backends(observer) == 0, what="the server to see every connection closed")
+
+
+def backends(observer):
+    """How many connections the server has, beside the observer's."""
+    statement = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    return len(ask(observer, statement))
+
+
+def kill_all(observer):
+    ask(
+        observer,
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+
+
+def ask(connection, statement):
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+        return cursor.fetchall() if cursor.description else []
+
+
+def use(pool):
+    """Run a statement; the backend that ran it."""
+    with pool.connection() as connection:
+        return ask(connection, "SELECT pg_backend_pid()")[0][0]
+
+
+def test_making_a_pool_connects_to_nothing(pool_of, observer, database):
+    pool = pool_of(database, size=3)
+    assert backends(observer) == 0
+
+    use(pool)
+
+    assert (backends(observer), pool.size, pool.in_use) == (3, 3, 0)
+
+
+def test_connections_are_in_autocommit_mode(pool_of, database):
+    with pool_of(database).connection() as connection:
+        ask(connection, "SELECT 1")
+
+        assert connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+
+
+def test_connections_are_used_again(pool_of, database):
+    pool = pool_of(database, size=1)
+
+    assert use(pool) == use(pool)
+
+
+def test_who_finds_all_connections_lent_out_waits_for_one(pool_of, database):
+    pool = pool_of(database, size=2)
+    got = []
+    with pool.connection(), pool.connection():
+        assert pool.in_use == 2
+        waiting = threading.Thread(target=lambda: got.append(use(pool)))
+        waiting.start()
+        assert not got
+
+    waiting.join(10)
+    assert got
+
+
+def test_who_waits_for_too_long_is_told_which_setting_to_raise(pool_of, database):
+    pool = pool_of(database, size=1, wait_s=0.01)
+
+    with pool.connection():
+        with pytest.raises(SinkError, match="DB_POOL_SIZE"), pool.connection():
+            pass
+
+    use(pool)
+
+
+def test_many_threads_share_few_connections(pool_of, observer, database):
+    pool = pool_of(database, size=3)
+    errors, most = [], []
+
+    def work():
+        try:
+            for _ in range(20):
+                use(pool)
+                most.append(pool.in_use)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert errors == []
+    assert max(most) <= 3
+    assert backends(observer) == 3
+    assert pool.in_use == 0
+
+
+def test_a_pool_made_while_the_database_is_down_works_when_it_comes(pool_of, own_postgres):
+    postgres = own_postgres()
+    postgres.stop()
+    pool = pool_of(postgres.dsn())
+    for _ in range(5):  # more often than there are slots
+        with pytest.raises(psycopg2.OperationalError):
+            use(pool)
+
+    postgres.start()
+
+    assert use(pool)
+
+
+def test_a_broken_connection_is_replaced_and_so_are_its_idle_companions(pool_of, observer, database):
+    pool = pool_of(database, size=3)
+    use(pool)
+    kill_all(observer)
+
+    with pytest.raises(psycopg2.OperationalError):
+        use(pool)
+
+    for _ in range(4):
+        use(pool)
+    assert backends(observer) == 3
+    assert pool.in_use == 0
+
+
+def test_a_connection_that_breaks_in_a_transaction_gives_its_slot_back(pool_of, observer, database):
+    pool = pool_of(database, size=1, wait_s=1)
+
+    for _ in range(3):
+        with pytest.raises(psycopg2.OperationalError), pool.connection() as connection:
+            ask(connection, "BEGIN; SELECT 1")
+            kill_all(observer)
+            ask(connection, "COMMIT")
+
+    assert use(pool)
+
+
+def test_a_connection_that_was_lent_out_when_another_broke_is_closed_as_it_comes_back(pool_of, observer, database):
+    pool = pool_of(database, size=2)
+    with pool.connection() as survivor:
+        ask(survivor, "SELECT 1")
+        with pytest.raises(psycopg2.OperationalError), pool.connection() as victim:
+            ask(observer, f"SELECT pg_terminate_backend({victim.info.backend_pid}, 5000)")
+            ask(victim, "SELECT 1")
+        ask(survivor, "SELECT 1")
+
+    assert survivor.closed
+    use(pool)
+    assert backends(observer) == 2
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_restart_of_the_server_costs_one_try(pool_of, own_postgres, mode):
+    postgres = own_postgres()
+    pool = pool_of(postgres.dsn(), size=3)
+    use(pool)
+    postgres.restart(mode)
+
+    with pytest.raises(psycopg2.OperationalError):
+        use(pool)
+
+    for _ in range(4):
+        use(pool)
+
+
+@pytest.mark.parametrize("statement", ["BEGIN; CREATE TABLE t (n int)", "BEGIN; SELECT 1 / 0"])
+def test_a_connection_left_in_a_transaction_comes_back_clean(pool_of, observer, database, statement):
+    pool = pool_of(database, size=1)
+    with pool.connection() as connection:
+        pid = connection.info.backend_pid
+        try:
+            ask(connection, statement)
+        except psycopg2.Error as error:
+            assert error.pgcode == "22012"
+
+    with pool.connection() as connection:
+        assert connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+        assert connection.info.backend_pid == pid
+    assert ask(observer, "SELECT to_regclass('t')") == [(None,)]
+
+
+def test_a_connection_left_in_the_middle_of_a_copy_is_not_lent_again(pool_of, database):
+    pool = pool_of(database, size=1)
+
+    class Stubborn:
+        def read(self, size):
+            raise RuntimeError("no data")
+
+    with pytest.raises((psycopg2.Error, RuntimeError)), pool.connection() as connection:
+        ask(connection, "CREATE TEMPORARY TABLE t (n int)")
+        with connection.cursor() as cursor:
+            cursor.copy_expert("BEGIN; COPY t FROM STDIN", Stubborn())
+
+    assert use(pool)
+
+
+def test_an_error_of_the_borrower_costs_nothing(pool_of, observer, database):
+    pool = pool_of(database, size=1)
+    before = use(pool)
+
+    with pytest.raises(KeyError), pool.connection():
+        raise KeyError("x")
+
+    assert use(pool) == before
+    assert pool.in_use == 0
+
+
+def test_a_connection_is_fresh_until_a_statement_has_succeeded(pool_of, database):
+    pool = pool_of(database, size=1)
+
+    with pool.connection() as connection:
+        assert connection.fresh
+        ask(connection, "SELECT 1")
+    with pool.connection() as connection:
+        assert not connection.fresh
+
+
+def test_a_rotated_dsn_is_found_by_the_next_connections(pool_of, observer, database):
+    names = iter(["before", "after"])
+    pool = pool_of(lambda: f"{database}?application_name={next(names)}", size=1)
+    with pool.connection() as connection:
+        assert ask(connection, "SHOW application_name") == [("before",)]
+    kill_all(observer)
+    with pytest.raises(psycopg2.OperationalError):
+        use(pool)
+
+    with pool.connection() as connection:
+        assert ask(connection, "SHOW application_name") == [("after",)]
+
+
+def test_a_dsn_that_cannot_be_read_is_the_borrowers_error_and_is_asked_again(pool_of, database):
+    answers = iter([SinkError("the secret is gone"), database])
+
+    def dsn():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    pool = pool_of(dsn, size=1)
+    with pytest.raises(SinkError, match="secret"):
+        use(pool)
+
+    assert use(pool)
+
+
+def test_closing_closes_what_is_idle_now_and_what_is_lent_out_later(pool_of, observer, database):
+    pool = pool_of(database, size=3)
+    with pool.connection() as connection:
+        pool.close()
+        pool.close()
+
+        assert ask(connection, "SELECT 1") == [(1,)]
+        wait_until(lambda: backends(observer) == 1, what="the idle connections to be closed", timeout_s=3)
+    wait_until(lambda: backends(observer) == 0, what="the last connection to be closed")
+
+
+def test_a_closed_pool_lends_nothing(pool_of, database):
+    unused, used = pool_of(database), pool_of(database)
+    use(used)
+
+    for pool in (unused, used):
+        pool.close()
+        pool.close()
+        with pytest.raises(SinkError, match="closed"):
+            use(pool)
