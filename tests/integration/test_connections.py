@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 
 import psycopg2
 import pytest
@@ -168,22 +168,31 @@ def test_a_broken_connection_is_replaced_and_so_are_its_idle_companions(pool_of,
 def test_a_connection_that_breaks_in_a_transaction_gives_its_slot_back(pool_of, observer, database):
     pool = pool_of(database, size=1, wait_s=1)
 
-    for _ in range(3):
-        with pytest.raises(psycopg2.OperationalError), pool.connection() as connection:
+    def break_in_a_transaction():
+        with pool.connection() as connection:
             ask(connection, "BEGIN; SELECT 1")
             kill_all(observer)
             ask(connection, "COMMIT")
+
+    for _ in range(3):
+        with pytest.raises(psycopg2.OperationalError):
+            break_in_a_transaction()
 
     assert use(pool)
 
 
 def test_a_connection_that_was_lent_out_when_another_broke_is_closed_as_it_comes_back(pool_of, observer, database):
     pool = pool_of(database, size=2)
-    with pool.connection() as survivor:
-        ask(survivor, "SELECT 1")
-        with pytest.raises(psycopg2.OperationalError), pool.connection() as victim:
+
+    def break_another():
+        with pool.connection() as victim:
             ask(observer, f"SELECT pg_terminate_backend({victim.info.backend_pid}, 5000)")
             ask(victim, "SELECT 1")
+
+    with pool.connection() as survivor:
+        ask(survivor, "SELECT 1")
+        with pytest.raises(psycopg2.OperationalError):
+            break_another()
         ask(survivor, "SELECT 1")
 
     assert survivor.closed
@@ -205,15 +214,13 @@ def test_a_restart_of_the_server_costs_one_try(pool_of, own_postgres, mode):
         use(pool)
 
 
-@pytest.mark.parametrize("statement", ["BEGIN; CREATE TABLE t (n int)", "BEGIN; SELECT 1 / 0"])
+@pytest.mark.parametrize("statement", ["CREATE TABLE t (n int)", "SELECT 1 / 0"])
 def test_a_connection_left_in_a_transaction_comes_back_clean(pool_of, observer, database, statement):
     pool = pool_of(database, size=1)
-    with pool.connection() as connection:
+    with pool.connection() as connection, suppress(psycopg2.DataError):
         pid = connection.info.backend_pid
-        try:
-            ask(connection, statement)
-        except psycopg2.Error as error:
-            assert error.pgcode == "22012"
+        ask(connection, "BEGIN")
+        ask(connection, statement)
 
     with pool.connection() as connection:
         assert connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
@@ -221,19 +228,24 @@ def test_a_connection_left_in_a_transaction_comes_back_clean(pool_of, observer, 
     assert ask(observer, "SELECT to_regclass('t')") == [(None,)]
 
 
-def test_a_connection_left_in_the_middle_of_a_copy_is_not_lent_again(pool_of, database):
+def test_a_connection_left_in_the_middle_of_a_copy_does_no_harm(pool_of, observer, database):
     pool = pool_of(database, size=1)
+    ask(observer, "CREATE TABLE IF NOT EXISTS copied (n int)")
 
-    class Stubborn:
+    class Broken:
         def read(self, size):
             raise RuntimeError("no data")
 
-    with pytest.raises((psycopg2.Error, RuntimeError)), pool.connection() as connection:
-        ask(connection, "CREATE TEMPORARY TABLE t (n int)")
-        with connection.cursor() as cursor:
-            cursor.copy_expert("BEGIN; COPY t FROM STDIN", Stubborn())
+    def copy():
+        with pool.connection() as connection, connection.cursor() as cursor:
+            cursor.copy_expert("BEGIN; COPY copied FROM STDIN", Broken())
 
-    assert use(pool)
+    with pytest.raises((psycopg2.Error, RuntimeError)):
+        copy()
+
+    with pool.connection() as connection:
+        assert connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+        assert ask(connection, "SELECT * FROM copied") == []
 
 
 def test_an_error_of_the_borrower_costs_nothing(pool_of, observer, database):
@@ -286,15 +298,16 @@ def test_a_dsn_that_cannot_be_read_is_the_borrowers_error_and_is_asked_again(poo
     assert use(pool)
 
 
-def test_closing_closes_what_is_idle_now_and_what_is_lent_out_later(pool_of, observer, database):
+def test_closing_waits_for_nobody_and_what_is_lent_out_stays_usable_until_it_comes_back(pool_of, observer, database):
     pool = pool_of(database, size=3)
     with pool.connection() as connection:
         pool.close()
         pool.close()
 
         assert ask(connection, "SELECT 1") == [(1,)]
-        wait_until(lambda: backends(observer) == 1, what="the idle connections to be closed", timeout_s=3)
-    wait_until(lambda: backends(observer) == 0, what="the last connection to be closed")
+
+    assert connection.closed
+    wait_until(lambda: backends(observer) == 0, what="every connection to be closed")
 
 
 def test_a_closed_pool_lends_nothing(pool_of, database):

@@ -237,7 +237,10 @@ def test_every_command_and_option_that_is_named_exists() -> None:
 
 
 def options_of(name: str) -> set[str]:
-    return {"--help"} | {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    command = COMMANDS[name]
+    members = command.commands.values() if isinstance(command, click.Group) else ()
+    parameters = [parameter for each in (command, *members) for parameter in each.params]
+    return {"--help"} | {option for parameter in parameters for option in parameter.opts}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

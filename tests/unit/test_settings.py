@@ -519,6 +519,7 @@ def test_the_connection_string_notices_a_dead_server_soon():
         "keepalives_count": "3",
         "tcp_user_timeout": "15000",
         "application_name": "mqtt-bridge",
+        "client_encoding": "UTF8",
     }
 
 
