@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 RUN_ARGS ?=
 TEST_ARGS ?=
+CHAOS_ARGS ?=
 
 # One stamp for each set of extras, newer than the metadata it was installed from. Larger sets contain the smaller:
 # after `make test`, `make demo` installs nothing.
@@ -24,7 +25,7 @@ export PIP_NO_INPUT := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test lint types format ci clean
+.PHONY: help install demo run test chaos lint types format ci clean
 
 help: ## this list
 	@echo "mqtt-bridge moves MQTT messages into PostgreSQL. Targets:"
@@ -41,6 +42,9 @@ run: $(CORE) ## the bridge, configured by environment and .env (RUN_ARGS=...)
 
 test: $(TEST) ## every test (TEST_ARGS="-k tape -x")
 	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+chaos: $(TEST) ## the bridge under kills, crashes and cuts, compared message by message (CHAOS_ARGS="--help")
+	@$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	@$(BIN)/ruff check .

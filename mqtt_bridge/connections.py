@@ -25,7 +25,6 @@ from psycopg2 import extensions, pool
 from mqtt_bridge.copying import Encoder
 from mqtt_bridge.errors import SinkError
 
-
 CLOSE_S = 0.5
 """How long `close` waits for a connection that is being made."""
 

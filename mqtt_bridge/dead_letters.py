@@ -52,7 +52,7 @@ def row(letter: DeadLetter, client_id: str) -> Row:
         message.payload,
         message.qos,
         message.retain,
-        message.properties,
+        _storable_content(message.properties),
         letter.route,
         letter.stage,
         storable(letter.error)[:LONGEST_ERROR],
@@ -64,6 +64,17 @@ def row(letter: DeadLetter, client_id: str) -> Row:
 def storable(text: str) -> str:
     """`text` as PostgreSQL can store it: NUL characters and lone surrogates are written as escapes."""
     return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
+def _storable_content(content: Any) -> Any:
+    """The same for every text in JSON-like content; jsonb refuses both as well."""
+    if isinstance(content, str):
+        return storable(content)
+    if isinstance(content, Mapping):
+        return {storable(str(name)): _storable_content(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_storable_content(value) for value in content]
+    return content
 
 
 def purge_older_than(connection: Connection, days: int) -> int:

@@ -147,7 +147,7 @@ _BY_SQLSTATE = {
 }
 
 # Errors raised while rows are built, before the server saw them: NUL characters, lone surrogates, unfit numbers.
-_ROW_BUILDING = (ValueError, OverflowError, TypeError, struct.error)
+ROW_BUILDING = (ValueError, OverflowError, TypeError, struct.error)
 
 
 def classify(error: BaseException, *, connected: bool) -> Failure:
@@ -159,7 +159,7 @@ def classify(error: BaseException, *, connected: bool) -> Failure:
     if isinstance(error, SinkError | SettingsError):
         return Failure(Verdict.CONFIGURATION, str(error))
     if not isinstance(error, psycopg2.Error):
-        verdict = Verdict.ROW if isinstance(error, _ROW_BUILDING) else Verdict.UNKNOWN
+        verdict = Verdict.ROW if isinstance(error, ROW_BUILDING) else Verdict.UNKNOWN
         return Failure(verdict, f"{type(error).__name__}: {error}")
     sqlstate = error.pgcode
     lost = sqlstate is None and isinstance(error, psycopg2.InterfaceError | psycopg2.OperationalError)

@@ -127,10 +127,10 @@ class Ledger:
         self._swept = 0  # the same when what is out of reach was last forgotten
         self._pending: dict[int, bytes] = {}
         self._committed: dict[int, tuple[bytes, BatchKey]] = {}
-        self._here: set[int] = set()  # known positions that were delivered on the current connection
+        self._here: dict[int, bytes] = {}  # what was delivered on the current connection and is not proven
+        self._first_here = True  # nothing has been delivered on the current connection yet
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
         self._prunable: list[BatchKey] = []  # rows to delete with the next batch
-        self._newest: tuple[int, BatchKey] | None = None  # the row that reaches furthest, and its last position
         self._noted = 0  # highest position that a row was made for
 
     # -- start and connections
@@ -141,7 +141,6 @@ class Ledger:
         self._session_epoch = claim.session_epoch
         for entry in claim.entries:
             self._remember(entry)
-            self._note_newest(entry)
         if self._committed:
             self._highest = self._last_position = max(self._committed)
             self._last_id = (self._last_position - 1) % LAP + 1
@@ -157,24 +156,28 @@ class Ledger:
     def connected(self, *, session_present: bool) -> None:
         """A connection begins. Without its session the broker counts anew: nothing older may match."""
         self._here.clear()
+        self._first_here = True
         if not session_present:
             self._begin_session()
 
     def _begin_session(self) -> None:
         self._matching = self._redelivery != "renumbered"
-        self._session_epoch += 1
-        self._session_raised = True
+        self._forget_the_session()
+        self._pending.clear()
         self._start_counting_anew()
         self._session_start = self._last_position + 1
-        # Entries of the old session can match nothing. Their rows are kept until they are settled: one may belong
-        # to a batch whose COMMIT answer was lost, and its retry needs the row.
+
+    def _forget_the_session(self) -> None:
+        """Raise the session epoch: what is committed so far can match nothing any more, in no later process either.
+
+        The rows are kept until they are settled: one may belong to a batch whose COMMIT answer was lost, and its retry
+        needs the row.
+        """
+        self._session_epoch += 1
+        self._session_raised = True
         self._prunable.extend(self._unproven)
-        if self._newest is not None and self._newest[1] not in self._unproven:
-            self._prunable.append(self._newest[1])
-        self._newest = None
         self._unproven.clear()
         self._committed.clear()
-        self._pending.clear()
 
     def _start_counting_anew(self) -> None:
         """Continue at the next lap, so that position and packet id stay congruent and positions stay unique."""
@@ -187,17 +190,21 @@ class Ledger:
         """The position of a QoS 1 delivery with fingerprint `mark`, and whether it is known."""
         position, forward = self._position(packet_id)
         if self._matching and (dup or self._redelivery == "unmarked"):
-            seen = self._recognise(position, mark)
+            seen = self._recognise(position, mark, dup=dup)
             if seen is not Seen.NEW:
-                self._arrive(position, packet_id)
+                self._arrive(position, packet_id, mark)
                 return position, seen
         if not self._matching:
             position = self._highest + 1
-        elif position in self._pending or position in self._committed or not (forward or dup):
+        elif position in self._pending or position in self._committed or not (forward or dup or self._goes_back()):
             position = self._lose_count(packet_id, dup=dup)
-        self._arrive(position, packet_id)
+        self._arrive(position, packet_id, mark)
         self._pending[position] = mark
         return position, Seen.NEW
+
+    def _goes_back(self) -> bool:
+        """Whether a broker that does not mark redeliveries may step back now: it redelivers first, and in order."""
+        return self._redelivery == "unmarked" and self._first_here
 
     def _position(self, packet_id: int) -> tuple[int, bool]:
         if self._last_id is None:
@@ -210,15 +217,19 @@ class Ledger:
             return self._last_position + packet_id, True
         return self._last_position + distance, distance > 0
 
-    def _recognise(self, position: int, mark: bytes) -> Seen:
+    def _recognise(self, position: int, mark: bytes, *, dup: bool) -> Seen:
         if self._pending.get(position) == mark:
             return Seen.RESENT if position in self._here else Seen.PENDING
+        if self._here.get(position) == mark:
+            # Acknowledged on this connection. Without DUP it is no resend, but a freed packet id that is used again.
+            return Seen.RESENT if dup else Seen.NEW
         if position in self._committed and self._committed[position][0] == mark:
-            return Seen.RESENT if position in self._here else Seen.COMMITTED
+            return Seen.COMMITTED
         return Seen.NEW
 
-    def _arrive(self, position: int, packet_id: int) -> None:
-        self._here.add(position)
+    def _arrive(self, position: int, packet_id: int, mark: bytes) -> None:
+        self._here[position] = mark
+        self._first_here = False
         self._last_position, self._last_id = position, packet_id
         self._highest = max(self._highest, position)
         if self._highest - self._swept > SWEEP:
@@ -234,6 +245,7 @@ class Ledger:
             dup=dup,
         )
         self._matching = False
+        self._forget_the_session()
         return self._highest + 1
 
     # -- batches
@@ -259,10 +271,10 @@ class Ledger:
         if entry.raises_session:
             self.session_raised(entry.session_epoch)
         self._unproven[entry.key] = 0
-        self._note_newest(entry)
+        matches = bool(entry.fingerprints) and entry.session_epoch == self._session_epoch
         for message in messages:
             mark = self._pending.pop(message.position, None)
-            if mark is not None and entry.fingerprints:
+            if mark is not None and matches:
                 self._commit(message.position, mark, entry.key)
         if not self._unproven[entry.key]:
             self._release_row(entry.key)
@@ -271,18 +283,6 @@ class Ledger:
     def lags(self) -> bool:
         """Whether positions have moved on so far that the database should be told, though nothing is to be stored."""
         return self._matching and self._highest - self._noted > REACH // 3
-
-    def _note_newest(self, entry: Entry) -> None:
-        """The newest row is kept even when it is proven: a restarted process measures distances from it."""
-        if not entry.fingerprints:
-            return
-        last_position = entry.first_position + len(entry.fingerprints) // 8 - 1
-        before = self._newest
-        if before is not None and last_position <= before[0]:
-            return
-        self._newest = (last_position, entry.key)
-        if before is not None and before[1] not in self._unproven:
-            self._prunable.append(before[1])
 
     def _commit(self, position: int, mark: bytes, key: BatchKey) -> None:
         self._committed[position] = (mark, key)
@@ -308,7 +308,7 @@ class Ledger:
     def prove(self, positions: Iterable[int]) -> None:
         """The broker has seen the PUBACKs of these: they cannot come again."""
         for position in positions:
-            self._here.discard(position)
+            self._here.pop(position, None)
             if known := self._committed.pop(position, None):
                 self._prove_one(known[1])
 
@@ -328,15 +328,14 @@ class Ledger:
 
     def _release_row(self, key: BatchKey) -> None:
         del self._unproven[key]
-        if self._newest is None or key != self._newest[1]:
-            self._prunable.append(key)
+        self._prunable.append(key)
 
     def _forget_out_of_reach(self) -> None:
         """Positions too old to come again. Acknowledged before a cut, the broker never mentions them."""
         self._swept = self._highest
         floor = self._highest - REACH
         self.prove([position for position in self._committed if position < floor])
-        self._here = {position for position in self._here if position >= floor}
+        self._here = {position: mark for position, mark in self._here.items() if position >= floor}
 
 
 # -- the same in SQL. The sink runs these; their place is beside the facts that they keep.

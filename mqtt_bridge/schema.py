@@ -217,11 +217,14 @@ WHERE c.oid = to_regclass(%s) AND c.relkind = 'p' AND obj_description(c.oid, 'pg
 """
 
 
+_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('mqtt_bridge schema', 0)); "
+
+
 def _make_partition(connection: Connection, namespace: str, week: datetime) -> bool:
     prefix = sql.Identifier(namespace).as_string(connection) + "."
     with connection.cursor() as cursor:
         try:
-            cursor.execute("BEGIN; SET LOCAL lock_timeout = '5s'; " + _partition_ddl(week, prefix) + " COMMIT")
+            cursor.execute("BEGIN; SET LOCAL lock_timeout = '5s'; " + _LOCK + _partition_ddl(week, prefix) + " COMMIT")
         except psycopg2.errors.CheckViolation:
             cursor.execute("ROLLBACK")
             log.warning("rows of this week are in the default partition and stay there", week=f"{week:%Y-%m-%d}")
@@ -253,7 +256,7 @@ def _partition_ddl(week: datetime, prefix: str) -> str:
     """Made apart and then attached: unlike CREATE ... PARTITION OF, that lets writers of other weeks go on."""
     name = prefix + _partition_name(week)
     return (
-        f"CREATE TABLE {name} (LIKE {prefix}{READINGS});"
+        f"CREATE TABLE {name} (LIKE {prefix}{READINGS} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING GENERATED);"
         f" ALTER TABLE {prefix}{READINGS} ATTACH PARTITION {name}"
         f" FOR VALUES FROM ('{week:%Y-%m-%d} 00:00+00') TO ('{week + timedelta(weeks=1):%Y-%m-%d} 00:00+00');"
     )

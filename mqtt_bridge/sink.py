@@ -202,8 +202,7 @@ class Sink:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, Attempt):
             self.retries += 1
-            first_on_idle = error.stale and state.attempt_number == 1
-            if not first_on_idle:
+            if not _only_stale(error, state.attempt_number):
                 self._note(error.failure)
 
     def _note(self, failure: Failure) -> None:
@@ -249,7 +248,8 @@ def _drop_if_useless(connection: BridgeConnection, action: Callable[[BridgeConne
     """
     try:
         return action(connection)
-    except psycopg2.Error as error:
+    except Exception as error:
+        connection.encoders.clear()  # whoever mends the table may change its types: read them again
         if classify(error, connected=not connection.closed).verdict is Verdict.RECONNECT:
             connection.close()
         raise
@@ -264,11 +264,16 @@ def _fields(failure: Failure) -> dict[str, str]:
     return {"verdict": failure.verdict.value} | ({"sqlstate": failure.sqlstate} if failure.sqlstate else {})
 
 
+def _only_stale(error: Attempt, attempt_number: int) -> bool:
+    """Whether a connection had merely died while it lay idle: tried again at once, without a word."""
+    return error.stale and attempt_number == 1 and error.failure.verdict is Verdict.RECONNECT
+
+
 def _delay_s(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     if not isinstance(error, Attempt):
         return 0.0
-    if error.stale and state.attempt_number == 1 and error.failure.verdict is Verdict.RECONNECT:
+    if _only_stale(error, state.attempt_number):
         return 0.0  # it had only gone stale while it lay idle
     first_s, longest_s = _DELAYS_S[error.failure.verdict]
     doubled: float = first_s * 2 ** min(state.attempt_number - 1, 20)

@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0
 TICK_S = 0.25
 """How long the thread sleeps at most while nothing arrives: barriers and timeouts are looked after this often."""
-STEADY_S = 30.0
+STEADY_S = 5.0
 """A connection that lasted this long was a good one: the next delay starts small again."""
 
 

@@ -26,7 +26,7 @@ from psycopg2.extensions import cursor as Cursor
 from mqtt_bridge import copying, dead_letters, ledger, schema
 from mqtt_bridge.breaker import Breaker
 from mqtt_bridge.connections import BridgeConnection
-from mqtt_bridge.errors import Failure, SchemaError, SinkError, Verdict, classify
+from mqtt_bridge.errors import ROW_BUILDING, Failure, SchemaError, SinkError, Verdict, classify
 from mqtt_bridge.ledger import AlreadyCommitted, BatchKey, Entry
 from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Row, Table, Translation
 
@@ -106,7 +106,7 @@ class Transactions:
         except psycopg2.Error as error:
             if _failure(error, connection).verdict not in _AT_FAULT:
                 raise
-        except (ValueError, TypeError) as error:  # raised while rows were encoded
+        except ROW_BUILDING as error:  # raised while rows were encoded
             log.debug("a row cannot be encoded", error=str(error))
         _rollback(connection)
         return None
@@ -184,7 +184,7 @@ class Transactions:
                 _copy(cursor, copy, data)
             cursor.execute("RELEASE SAVEPOINT part")
             return
-        except (psycopg2.Error, ValueError, TypeError) as error:
+        except (psycopg2.Error, *ROW_BUILDING) as error:
             failure = _failure(error, connection)
             if failure.verdict not in _AT_FAULT:
                 raise

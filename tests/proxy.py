@@ -99,7 +99,7 @@ class TcpProxy:
         self.accepted += 1
         self._links[task] = [writer]
         try:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, asyncio.CancelledError):  # cancelled by a cut
                 far_reader, far_writer = await asyncio.open_connection(*self._target)
                 self._links[task].append(far_writer)
                 await self._relay((reader, far_writer), (far_reader, writer))
@@ -128,6 +128,8 @@ class TcpProxy:
     async def _reset(self) -> None:
         tasks = list(self._links)
         for writer in [writer for writers in self._links.values() for writer in writers]:
+            if writer.transport.is_closing():
+                continue
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
             writer.transport.abort()
         for task in tasks:

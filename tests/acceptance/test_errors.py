@@ -223,7 +223,7 @@ def test_an_ordinary_role_that_may_not_create_is_told_the_grants(make_bridge, ch
     query(postgres.dsn(), "CREATE ROLE bridge LOGIN")
     bridge = make_bridge(postgres.dsn(user="bridge"), broker)
 
-    assert "GRANT CREATE ON DATABASE postgres TO bridge" in check(bridge)
+    assert 'GRANT CREATE ON DATABASE "postgres" TO "bridge"' in check(bridge)
     assert "Grant what is missing" in the_one_complaint(bridge)
 
 

@@ -11,6 +11,7 @@ from psycopg2 import extensions
 
 from mqtt_bridge.connections import Connections
 from mqtt_bridge.errors import SinkError
+from tests.proxy import TcpProxy
 from tests.waiting import wait_until
 
 
@@ -246,6 +247,45 @@ def test_a_connection_left_in_the_middle_of_a_copy_does_no_harm(pool_of, observe
     with pool.connection() as connection:
         assert connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
         assert ask(connection, "SELECT * FROM copied") == []
+
+
+def test_a_borrower_whose_server_falls_silent_can_be_cut_loose(pool_of, database):
+    port = int(extensions.parse_dsn(database)["port"])
+    with TcpProxy("127.0.0.1", port) as proxy:
+        pool = pool_of(database.replace(f":{port}/", f":{proxy.port}/"), size=2)
+        use(pool)
+        errors = []
+
+        def borrow():
+            try:
+                with pool.connection(limit_s=0.01) as connection:
+                    ask(connection, "SELECT 1")
+            except psycopg2.Error as error:
+                errors.append(error)
+
+        with pool.connection() as patient:
+            proxy.stall()
+            borrowing = threading.Thread(target=borrow)
+            borrowing.start()
+            wait_until(lambda: pool.in_use == 2, what="the borrower")
+
+            wait_until(pool.cut_silent, what="the silence to be noticed")
+            borrowing.join(10)
+            proxy.resume()
+
+            assert [type(error) for error in errors] == [psycopg2.OperationalError]
+            assert ask(patient, "SELECT 1") == [(1,)], "whoever has time left is left alone"
+        assert use(pool)
+        pool.close()
+
+
+def test_nobody_is_cut_loose_while_statements_are_answered(pool_of, database):
+    pool = pool_of(database)
+
+    with pool.connection(limit_s=60) as connection:
+        ask(connection, "SELECT 1")
+        assert pool.cut_silent() == 0
+        assert ask(connection, "SELECT 1") == [(1,)]
 
 
 def test_an_error_of_the_borrower_costs_nothing(pool_of, observer, database):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mqtt_bridge.breaker import ROWS, SECONDS, Breaker
+from mqtt_bridge.breaker import LET_THROUGH_EVERY_S, ROWS, SECONDS, Breaker
 
 
 class Clock:
@@ -12,13 +12,32 @@ class Clock:
         return self.now_s
 
 
-def test_everything_refused_alike_for_long_enough_pauses_the_stream() -> None:
-    clock = Clock()
+def tripped(clock: Clock) -> Breaker:
     breaker = Breaker(clock)
     assert not breaker.refused("23514", rows=ROWS, topics=[b"a", b"b", b"c"])
-
+    clock.now_s = SECONDS - 1
+    assert not breaker.refused("23514", rows=1, topics=[b"a"])
     clock.now_s = SECONDS
+    assert breaker.refused("23514", rows=1, topics=[b"a"])
+    return breaker
 
+
+def test_everything_refused_alike_for_long_enough_pauses_the_stream() -> None:
+    clock = Clock()
+    breaker = tripped(clock)
+
+    clock.now_s += 1
+
+    assert breaker.refused("23514", rows=1, topics=[b"a"])
+
+
+def test_now_and_then_one_batch_is_let_through_for_what_comes_behind_it_may_be_good() -> None:
+    clock = Clock()
+    breaker = tripped(clock)
+
+    clock.now_s += LET_THROUGH_EVERY_S
+
+    assert not breaker.refused("23514", rows=1, topics=[b"a"])
     assert breaker.refused("23514", rows=1, topics=[b"a"])
 
 
