@@ -95,7 +95,13 @@ class Bridge:
             on_fatal=self._fail,
             on_session_lost=lambda: self._tender_wakes.set(),
         )
-        self._subscriber = Subscriber(settings, filters=self._router.filters, inbox=self._pipeline, acks=self._acks)
+        self._subscriber = Subscriber(
+            settings,
+            filters=self._router.filters,
+            inbox=self._pipeline,
+            acks=self._acks,
+            on_cut=self._ask_who_owns_the_client_id,
+        )
         self._metrics = Exposition(self.observe)
         self._web = Web(
             host=settings.http_host,
@@ -108,6 +114,7 @@ class Bridge:
         )
         self._rates = Rates()
         self._tender_wakes = threading.Event()
+        self._cut_off = threading.Event()  # the broker has ended a connection: is the client id still ours?
         self._tender = threading.Thread(target=self._tend, name="mqtt-bridge-tender", daemon=True)
         self._watchdog = threading.Thread(target=self._watch, name="mqtt-bridge-watchdog", daemon=True)
         self._tidy = threading.Event()  # set to have the tender do its last round ...
@@ -243,10 +250,17 @@ class Bridge:
                 if time.monotonic() >= due_s[action]:
                     due_s[action] = time.monotonic() + pause_s
                     self._tend_to(action)
+            if self._cut_off.is_set():
+                self._cut_off.clear()
+                self._tend_to(self._sink.probe)
             if self._tidy.is_set() and not self._tidied.is_set():
                 self._tend_to(self._note_subscriptions)
                 self._tend_to(self._prune)
                 self._tidied.set()
+
+    def _ask_who_owns_the_client_id(self) -> None:
+        self._cut_off.set()
+        self._tender_wakes.set()
 
     def _tend_to(self, action: Callable[[], object]) -> None:
         try:

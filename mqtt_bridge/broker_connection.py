@@ -39,6 +39,8 @@ BARRIER_EVERY_S = 1.0
 BARRIER_EVERY_ACKS = 8_192
 SESSION_WAIT_S = 5.0
 """How long SUBSCRIBE waits for the database to learn that the session was lost."""
+SESSION_TAKEN_OVER = 0x8E
+"""Reason of DISCONNECT (MQTT 5, section 3.14.2.1)."""
 RESUBSCRIBE_S = 30.0
 """A refused subscription is tried again after this time."""
 _RETAIN_HANDLING = {"once": 1, "always": 0, "never": 2}
@@ -120,7 +122,9 @@ class BrokerConnection:
         self._clock = clock
         self._is_v5 = settings.mqtt_protocol == "5"
         self._client = self._make_client()
-        self._connected_s = 0.0
+        self.taken_over = False
+        """Whether the broker said that another client with the same id has come."""
+        self._connected_s: float | None = None
         self._subscribe_at_s: float | None = None  # not before this; None when it is done
         self._suback_for: int | None = None
         self._barrier: tuple[int, int] | None = None  # packet id of the UNSUBSCRIBE under way, and its mark
@@ -193,6 +197,11 @@ class BrokerConnection:
             self._send_barrier_when_due()
         return self._client.socket() is not None
 
+    @property
+    def age_s(self) -> float | None:
+        """Time since the broker accepted the connection; None when it has not."""
+        return None if self._connected_s is None else self._clock() - self._connected_s
+
     def acknowledge(self, packet_id: int) -> None:
         """Queue a PUBACK. Called under the lock of `acks`, by whichever thread has settled the message."""
         self._client.ack(packet_id, 1)
@@ -213,9 +222,8 @@ class BrokerConnection:
     def close(self) -> None:
         """Give the socket back, however the connection ended. Idempotent."""
         self._ended()
-        sock = self._client.socket()
-        if sock is not None:
-            sock.close()
+        # Private, and what paho does when the client is collected: here that would be at some time in the future.
+        self._client._reset_sockets()
 
     def _ended(self) -> None:
         self.connected = self.subscribed = False
@@ -256,6 +264,7 @@ class BrokerConnection:
     def _on_disconnect(self, _c: object, _u: object, flags: mqtt.DisconnectFlags, reason: ReasonCode, _p: Any) -> None:
         if self.problem is None and flags.is_disconnect_packet_from_server:
             self.problem = f"the broker ended the connection: {reason}."
+            self.taken_over = reason.value == SESSION_TAKEN_OVER
         self._ended()
 
     def _on_publish(self, flags: int, body: bytearray) -> bool:
@@ -282,7 +291,7 @@ class BrokerConnection:
     def _subscribe_when_due(self) -> None:
         if self._subscribe_at_s is None or self._clock() < self._subscribe_at_s:
             return
-        if self._inbox.session_to_raise is None or self._clock() >= self._connected_s + SESSION_WAIT_S:
+        if self._inbox.session_to_raise is None or (self.age_s or 0.0) >= SESSION_WAIT_S:
             self._subscribe_at_s = None
             self._subscribe()
 

@@ -5,6 +5,10 @@ everything: whatever a connection raises ends that connection only, and the next
 delays. While the queue is full it stops reading, for at most half a keepalive; then it disconnects and comes back
 when there is room, and the broker's session keeps the rest.
 
+A second client with the same id takes the session over, and would be cut off in turn: a war that nobody wins. Whoever
+is cut off asks its database at once whether the client id is still its own (`on_cut`); where that cannot tell, the
+third cut in a row makes it wait for long, and say so.
+
 Leaving: the pipeline is drained first, then `leave` waits until the broker is known to have seen every PUBACK. Closing
 a socket with unread data makes the kernel send RST, and a broker then forgets acknowledgements that it has received.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +39,8 @@ TICK_S = 0.25
 """How long the thread sleeps at most while nothing arrives: barriers and timeouts are looked after this often."""
 STEADY_S = 5.0
 """A connection that lasted this long was a good one: the next delay starts small again."""
+CONTESTED_CUTS = 3
+"""So many connections in a row that did not last: somebody else wants this client id, and takes it each time."""
 
 
 class Inbox(ConnectionInbox, Protocol):
@@ -63,12 +69,23 @@ class BrokerState:
 class Subscriber:
     """Receives the messages of `filters` into `inbox`."""
 
-    def __init__(self, settings: Settings, *, filters: Sequence[str], inbox: Inbox, acks: AckTracker) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        filters: Sequence[str],
+        inbox: Inbox,
+        acks: AckTracker,
+        on_cut: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`on_cut` is called when the broker has ended a connection; it must not block."""
         self._settings = settings
         self._filters = filters
         self._inbox = inbox
         self._acks = acks
+        self._on_cut = on_cut
         self._complaint = Complaint()
+        self._short_lived = 0  # connections in a row that did not last
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._leaving = threading.Event()
@@ -142,6 +159,8 @@ class Subscriber:
                 self._problem = "the connection to the broker ended with an unforeseen error, see the log."
             if time.monotonic() - began_s > STEADY_S:
                 delay_s = FIRST_DELAY_S
+            if self._contested:
+                delay_s = LONGEST_DELAY_S
             self._stop.wait(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
         self._gone.set()
@@ -172,8 +191,28 @@ class Subscriber:
             self._connection = None
             self.subscriptions, self._confirmed = connection.subscriptions, connection.confirmed
             connection.close()
+            if connection.age_s is not None:
+                self._on_cut()
         if not on_purpose:
-            self._complain(connection.problem or "the connection to the broker is lost; trying again.")
+            self._note_cut(connection)
+
+    @property
+    def _contested(self) -> bool:
+        return self._short_lived >= CONTESTED_CUTS
+
+    def _note_cut(self, connection: BrokerConnection) -> None:
+        """The broker, or the network, has ended a connection: was it another client with our id?"""
+        if connection.age_s is not None:
+            self._short_lived = self._short_lived + 1 if connection.age_s < STEADY_S else 0
+        if connection.taken_over:
+            self._short_lived = CONTESTED_CUTS
+        reason = connection.problem or "the connection to the broker is lost; trying again."
+        if self._contested:
+            reason = (
+                f"cut off again and again right after connecting: another client seems to use the client id"
+                f" {self._settings.mqtt_client_id!r}. Give every client an id of its own (MQTT_CLIENT_ID)."
+            )
+        self._complain(reason)
 
     def _receive(self, connection: BrokerConnection) -> bool:
         """Until the connection ends; True when it was ended on purpose."""
@@ -187,6 +226,8 @@ class Subscriber:
                 self._note_subscribed(connection)
             if connection.connected:
                 self.subscriptions = connection.subscriptions
+            if self._contested and (connection.age_s or 0.0) >= STEADY_S:
+                self._short_lived = 0
             if connection.problem:
                 self._complain(connection.problem)
             if self._leaving.is_set() and self._leave(connection):

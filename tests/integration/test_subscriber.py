@@ -317,7 +317,7 @@ def test_a_puback_waits_for_the_commit(scripted, start_rig):
     rig.store.open()
 
     assert scripted.wait_for_pubacks(1) == [7]
-    assert rig.store.payloads[0] == b"1"
+    assert b"1" in rig.store.payloads
 
 
 def test_pubacks_leave_in_receive_order_however_the_commits_come(scripted, start_rig):
