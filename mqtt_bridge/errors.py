@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import psycopg2
+from paho.mqtt.client import WebsocketConnectionError
 
 Stage = Literal["route", "decode", "store"]
 """Where a message failed: no route took it, its bytes could not be decoded, or PostgreSQL refused its rows."""
@@ -67,7 +68,12 @@ class SinkError(BridgeError):
 
 
 class SchemaError(SinkError):
-    """Objects are missing from the database, or are not what the routes need. The message says which, and the DDL."""
+    """Objects are missing from the database, or are not what the routes need. The message says which."""
+
+    def __init__(self, message: str, *, sql: str = "") -> None:
+        self.sql = sql
+        """What makes the missing objects."""
+        super().__init__(message)
 
 
 class Fenced(BridgeError):
@@ -109,6 +115,8 @@ class Failure:
     remedy: str = ""
     """What to do about it, naming the setting; empty where nothing better than waiting is known."""
     sqlstate: str | None = None
+    sql: str = ""
+    """What would mend it, where that is known."""
 
     def __str__(self) -> str:
         return f"{self.sentence} {self.remedy}".strip()
@@ -156,6 +164,8 @@ def classify(error: BaseException, *, connected: bool) -> Failure:
     `connected` tells whether the connection is still open: a closed one decides before any SQLSTATE, since libpq
     reports killed backends, restarts and all connect errors without a code.
     """
+    if isinstance(error, SchemaError):
+        return Failure(Verdict.CONFIGURATION, str(error), sql=error.sql)
     if isinstance(error, SinkError | SettingsError):
         return Failure(Verdict.CONFIGURATION, str(error))
     if not isinstance(error, psycopg2.Error):
@@ -270,9 +280,22 @@ def explain_unreachable(error: BaseException, *, host: str, port: int) -> str:
             f"TLS with the broker at {where} failed: {error.reason or error}. "
             "Check that MQTT_PORT is its TLS port, and MQTT_TLS_CERT and MQTT_TLS_KEY if it asks for a certificate."
         )
+    if isinstance(error, WebsocketConnectionError):
+        return (
+            f"the server at {where} speaks no MQTT over websockets there: {error}. Correct MQTT_WS_PATH and MQTT_PORT."
+        )
     if isinstance(error, ConnectionRefusedError):
         return f"nothing listens at {where}. Start the broker, or correct MQTT_HOST and MQTT_PORT."
     if isinstance(error, TimeoutError):
         return f"the broker at {where} did not answer in time. Check MQTT_HOST, MQTT_PORT and the firewall."
     why = str(error) or type(error).__name__
     return f"the broker at {where} cannot be reached: {why}. Check MQTT_HOST, MQTT_PORT and MQTT_TLS."
+
+
+def explain_hangup(*, host: str, port: int, tls: bool) -> str:
+    """One line for a peer that took the connection and ended it without an answer to CONNECT."""
+    likely = "MQTT_TLS_CERT and MQTT_TLS_KEY (it may ask for a certificate)" if tls else "MQTT_TLS"
+    return (
+        f"what listens at {host}:{port} ended the connection without an answer."
+        f" Check MQTT_PORT, {likely}, MQTT_TRANSPORT and MQTT_PROTOCOL."
+    )

@@ -85,6 +85,8 @@ def _as_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
 def _printable(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """Fields may hold topics, which anybody may send: no control sequence of theirs reaches a terminal."""
     event.pop("logger", None)
+    if "sql" in event:  # to be copied by a person: in lines of its own, as a stack is printed
+        event["stack"] = event.pop("sql")
     return {name: value if name in _AS_IS else _escaped(value) for name, value in event.items()}
 
 

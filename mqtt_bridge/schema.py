@@ -81,11 +81,19 @@ def ensure(connection: Connection, *, create: bool) -> None:
         if missing(connection):
             apply(connection)
         make_partitions(connection, datetime.now(UTC))
-    problems = missing(connection) or unfit(connection) or forbidden(connection)
-    if not problems:
-        return
-    sentence = "The database is not ready: " + "; ".join(problems) + "."
-    raise SchemaError(f"{sentence} Run `mqtt-bridge schema --apply`, or apply what `mqtt-bridge schema` prints.")
+    verify(connection)
+    if problems := forbidden(connection):
+        raise SchemaError("The database is not ready: " + "; ".join(problems) + ".")
+
+
+def verify(connection: Connection) -> None:
+    """`SchemaError` when objects are missing, or `readings` cannot take readings."""
+    if absent := missing(connection):
+        remedy = "Run `mqtt-bridge schema --apply`, set DB_AUTO_CREATE=true, or apply what `mqtt-bridge schema` prints."
+        raise SchemaError(f"The database is not ready: {'; '.join(absent)}. {remedy}", sql=ddl())
+    if problems := unfit(connection):
+        remedy = "Alter the table (`mqtt-bridge schema` prints what is expected), or let DB_AUTO_CREATE make another."
+        raise SchemaError(f"The database is not ready: {'; '.join(problems)}. {remedy}")
 
 
 def missing(connection: Connection) -> list[str]:

@@ -261,7 +261,8 @@ def _ask(connection: BridgeConnection) -> None:
 
 
 def _fields(failure: Failure) -> dict[str, str]:
-    return {"verdict": failure.verdict.value} | ({"sqlstate": failure.sqlstate} if failure.sqlstate else {})
+    known = {"verdict": failure.verdict.value, "sqlstate": failure.sqlstate, "sql": failure.sql}
+    return {name: value for name, value in known.items() if value}
 
 
 def _only_stale(error: Attempt, attempt_number: int) -> bool:

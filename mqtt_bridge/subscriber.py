@@ -28,7 +28,7 @@ from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_connection import BrokerConnection
 from mqtt_bridge.broker_connection import Inbox as ConnectionInbox
 from mqtt_bridge.complaints import Complaint
-from mqtt_bridge.errors import SettingsError, explain_unreachable
+from mqtt_bridge.errors import SettingsError, explain_hangup, explain_unreachable
 from mqtt_bridge.ledger import REACH
 from mqtt_bridge.settings import Settings
 
@@ -206,13 +206,21 @@ class Subscriber:
             self._short_lived = self._short_lived + 1 if connection.age_s < STEADY_S else 0
         if connection.taken_over:
             self._short_lived = CONTESTED_CUTS
-        reason = connection.problem or "the connection to the broker is lost; trying again."
+        self._complain(self._why_it_ended(connection))
+
+    def _why_it_ended(self, connection: BrokerConnection) -> str:
+        settings = self._settings
         if self._contested:
-            reason = (
-                f"cut off again and again right after connecting: another client seems to use the client id"
-                f" {self._settings.mqtt_client_id!r}. Give every client an id of its own (MQTT_CLIENT_ID)."
+            how = "the session was taken over" if connection.taken_over else "cut off again and again after connecting"
+            return (
+                f"{how}: another client seems to use the client id {settings.mqtt_client_id!r}."
+                " Give every client an id of its own (MQTT_CLIENT_ID)."
             )
-        self._complain(reason)
+        if connection.problem:
+            return connection.problem
+        if connection.age_s is None:
+            return explain_hangup(host=settings.mqtt_host, port=settings.mqtt_port, tls=settings.mqtt_tls)
+        return "the connection to the broker is lost; trying again."
 
     def _receive(self, connection: BrokerConnection) -> bool:
         """Until the connection ends; True when it was ended on purpose."""

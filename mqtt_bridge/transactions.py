@@ -26,7 +26,7 @@ from psycopg2.extensions import cursor as Cursor
 from mqtt_bridge import copying, dead_letters, ledger, schema
 from mqtt_bridge.breaker import Breaker
 from mqtt_bridge.connections import BridgeConnection
-from mqtt_bridge.errors import ROW_BUILDING, Failure, SchemaError, SinkError, Verdict, classify
+from mqtt_bridge.errors import ROW_BUILDING, Failure, SinkError, Verdict, classify
 from mqtt_bridge.ledger import AlreadyCommitted, BatchKey, Entry
 from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Row, Table, Translation
 
@@ -135,8 +135,7 @@ class Transactions:
     def _make_encoder(self, connection: BridgeConnection, table: Table) -> copying.Encoder:
         """Made from the catalogue: binary COPY would take eight bytes of anything for eight bytes of anything else."""
         if table.columns == READINGS_COLUMNS:
-            if problems := schema.missing(connection) or schema.unfit(connection):
-                raise SchemaError("; ".join(problems) + ". `mqtt-bridge schema` prints what is expected.")
+            schema.verify(connection)
             return self._readings
         types = {column.name: column.type for column in schema.columns_of(connection, table.name)}
         return copying.encoder([types[name] for name in table.columns])

@@ -20,7 +20,7 @@ from mqtt_bridge import schema
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_connection import BrokerConnection
 from mqtt_bridge.connections import BridgeConnection
-from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_unreachable
+from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_hangup, explain_unreachable
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.tools.status import NoStatus, fetch
 
@@ -196,8 +196,8 @@ def _subscribe(connection: BrokerConnection, settings: Settings) -> Finding:
             break
     if connection.subscribed:
         return Finding("ok", f"broker {settings.mqtt_host}:{settings.mqtt_port} accepts the subscriptions")
-    silent = "the broker closed the connection, or did not answer. Check MQTT_PORT, MQTT_TLS and MQTT_TRANSPORT."
-    return Finding("problem", f"MQTT: {connection.problem or silent}")
+    hangup = explain_hangup(host=settings.mqtt_host, port=settings.mqtt_port, tls=settings.mqtt_tls)
+    return Finding("problem", f"MQTT: {connection.problem or hangup}")
 
 
 # -- HTTP
