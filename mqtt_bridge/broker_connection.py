@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import paho.mqtt.client as mqtt
@@ -28,6 +28,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.errors import Problem, SettingsError, explain_refusal
+from mqtt_bridge.model import Publish
 from mqtt_bridge.publish_packet import MalformedPublish, parse
 from mqtt_bridge.settings import Settings
 
@@ -55,17 +56,7 @@ class Inbox(Protocol):
     def disconnected(self) -> None:
         """It has ended."""
 
-    def receive(
-        self,
-        topic: bytes,
-        payload: bytes,
-        *,
-        qos: int,
-        retain: bool,
-        packet_id: int = 0,
-        dup: bool = False,
-        properties: Mapping[str, Any] | None = None,
-    ) -> None:
+    def receive(self, publish: Publish) -> None:
         """Take a message in, without blocking."""
 
     def prove(self, positions: Sequence[int]) -> None:
@@ -275,15 +266,7 @@ class BrokerConnection:
             self.problem = f"the broker sent {error}; disconnected."
             return False
         if self._takes_in or not publish.qos:
-            self._inbox.receive(
-                publish.topic,
-                publish.payload,
-                qos=publish.qos,
-                retain=publish.retain,
-                packet_id=publish.packet_id,
-                dup=publish.dup,
-                properties=publish.properties,
-            )
+            self._inbox.receive(publish)
         return True
 
     # -- subscribing

@@ -17,8 +17,22 @@ Row = tuple[Any, ...]
 """One row of a table, in the order of the table's columns. A time is an int: microseconds since 1970, UTC."""
 
 
+class Publish(NamedTuple):
+    """One PUBLISH packet, as the broker sent it."""
+
+    topic: bytes
+    payload: bytes
+    qos: int
+    retain: bool = False
+    dup: bool = False
+    packet_id: int = 0
+    """0 for QoS 0."""
+    properties: Mapping[str, Any] | None = None
+    """MQTT 5 properties, as JSON can hold them; None where there are none."""
+
+
 class Message(NamedTuple):
-    """One PUBLISH as it was received."""
+    """One message to be stored: what a PUBLISH brought, with its arrival and its place in the session."""
 
     topic: bytes
     """Raw bytes: a topic that is not UTF-8 must reach the dead letters, not crash the receiver."""

@@ -16,10 +16,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 
@@ -28,7 +28,7 @@ from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.errors import Fenced, MessageError
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
-from mqtt_bridge.model import DeadLetter, Message, Tally, Translation
+from mqtt_bridge.model import DeadLetter, Message, Publish, Tally, Translation
 from mqtt_bridge.sink import Stopped
 from mqtt_bridge.transactions import Batch, Stored, Translated
 
@@ -191,18 +191,9 @@ class Pipeline:
         """The connection has ended: nothing may be acknowledged until the next one."""
         self._acks.close()
 
-    def receive(
-        self,
-        topic: bytes,
-        payload: bytes,
-        *,
-        qos: int,
-        retain: bool,
-        packet_id: int = 0,
-        dup: bool = False,
-        properties: Mapping[str, Any] | None = None,
-    ) -> None:
+    def receive(self, publish: Publish) -> None:
         """Take one message in. Never blocks on the database, never raises for the sake of a message."""
+        topic, payload, qos, retain, dup, packet_id, properties = publish
         message = Message(topic, payload, qos, retain, self._clock_us(), properties=properties)
         if qos == 0:
             self._receive_unacknowledged(message)

@@ -9,28 +9,16 @@ are its own affair: where they cannot be read, their bytes are kept, and the mes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from mqtt_bridge.model import Publish
+
 
 class MalformedPublish(Exception):
     """The lengths in a packet contradict each other, or it is none that a broker may send to a QoS 1 subscriber."""
-
-
-class Publish(NamedTuple):
-    """One PUBLISH packet."""
-
-    topic: bytes
-    payload: bytes
-    qos: int
-    retain: bool
-    dup: bool
-    packet_id: int
-    """0 for QoS 0."""
-    properties: Mapping[str, Any] | None
-    """As JSON can hold them; None where there are none."""
 
 
 def parse(flags: int, body: bytes | bytearray | memoryview, *, is_v5: bool) -> Publish:

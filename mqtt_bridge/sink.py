@@ -21,7 +21,7 @@ import psycopg2
 import structlog
 import tenacity
 
-from mqtt_bridge import ledger, schema
+from mqtt_bridge import ownership, schema
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import PAUSING, BridgeError, Failure, Fenced, Verdict, classify
@@ -94,7 +94,7 @@ class Sink:
 
     def _open(self, connection: BridgeConnection, *, create: bool) -> Claim:
         schema.ensure(connection, create=create)
-        return ledger.claim(connection, self._client_id)
+        return ownership.claim(connection, self._client_id)
 
     def stop(self) -> None:
         """Give up whatever is being retried: `store` raises `Stopped`. Idempotent."""
@@ -124,7 +124,7 @@ class Sink:
         try:
             with self._connections.connection(limit_s=PROBE_LIMIT_S) as connection:
                 if self._owner_epoch:
-                    ledger.check_owner(connection, self._client_id, owner_epoch=self._owner_epoch)
+                    ownership.check_owner(connection, self._client_id, owner_epoch=self._owner_epoch)
                 else:
                     _ask(connection)
         except Fenced:
@@ -140,7 +140,7 @@ class Sink:
         """Write that the broker has lost the session; one try, False when it failed. `Fenced` as in `store`."""
         try:
             self.run(
-                lambda connection: ledger.raise_session(
+                lambda connection: ownership.raise_session(
                     connection, self._client_id, owner_epoch=self._owner_epoch, session_epoch=session_epoch
                 )
             )
@@ -153,14 +153,14 @@ class Sink:
     def note_subscriptions(self, filters: Iterable[str]) -> None:
         """Remember which filters the session at the broker has; one try."""
         self.run(
-            lambda connection: ledger.note_subscriptions(
+            lambda connection: ownership.note_subscriptions(
                 connection, self._client_id, filters, owner_epoch=self._owner_epoch
             )
         )
 
     def prune(self, keys: Sequence[BatchKey]) -> None:
         """Delete ledger rows that nobody needs any more; what fails is found again at the next start."""
-        self.run(lambda connection: ledger.prune(connection, self._client_id, keys))
+        self.run(lambda connection: ownership.prune(connection, self._client_id, keys))
 
     def run(self, action: Callable[[BridgeConnection], T]) -> T:
         """One try of `action` on a connection of the pool."""

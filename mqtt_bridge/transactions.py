@@ -23,12 +23,13 @@ import structlog
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from mqtt_bridge import copying, dead_letters, ledger, schema
+from mqtt_bridge import copying, dead_letters, ownership, schema
 from mqtt_bridge.breaker import Breaker
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import ROW_BUILDING, Failure, SinkError, Verdict, classify
-from mqtt_bridge.ledger import AlreadyCommitted, BatchKey, Entry
+from mqtt_bridge.ledger import BatchKey, Entry
 from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Row, Table, Translation
+from mqtt_bridge.ownership import AlreadyCommitted
 
 log = structlog.get_logger(__name__)
 
@@ -112,7 +113,7 @@ class Transactions:
         return None
 
     def _prologue(self, batch: Batch) -> sql.Composable:
-        return sql.SQL("{} {} ").format(self._begin, ledger.statements(self._client_id, batch.entry))
+        return sql.SQL("{} {} ").format(self._begin, ownership.statements(self._client_id, batch.entry))
 
     def _copies(
         self, connection: BridgeConnection, translated: Sequence[Translated], letters: Sequence[DeadLetter]
@@ -230,7 +231,7 @@ def _reading_the_ledger() -> Iterator[None]:
     try:
         yield
     except psycopg2.Error as error:
-        ledger.interpret(error)
+        ownership.interpret(error)
         raise
 
 

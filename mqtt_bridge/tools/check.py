@@ -9,9 +9,9 @@ from __future__ import annotations
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import psycopg2
 from psycopg2 import sql
@@ -21,6 +21,7 @@ from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_connection import BrokerConnection
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_hangup, explain_unreachable
+from mqtt_bridge.model import Publish
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.tools.status import NoStatus, fetch
 
@@ -143,17 +144,7 @@ class _Discard:
     def disconnected(self) -> None:
         """Nothing to forget."""
 
-    def receive(
-        self,
-        topic: bytes,
-        payload: bytes,
-        *,
-        qos: int,
-        retain: bool,
-        packet_id: int = 0,
-        dup: bool = False,
-        properties: Mapping[str, Any] | None = None,
-    ) -> None:
+    def receive(self, publish: Publish) -> None:
         """A copy for the check; the bridge's own session gets every message as well."""
 
     def prove(self, positions: Sequence[int]) -> None:

@@ -423,7 +423,7 @@ class _Connection:
         try:
             self._client.connect(host, port, keepalive=30)
         except (OSError, ValueError) as error:
-            raise SimulatorError(f"No broker answers at {where}: {error}. Check host and port.") from error
+            raise SimulatorError(f"No broker answers at {where}: {error}. Check MQTT_HOST and MQTT_PORT.") from error
         self._client.loop_start()
         if not self._answered.wait(CONNECT_S):
             raise SimulatorError(f"What answers at {where} is no MQTT broker, or it wants TLS: no CONNACK came.")

@@ -10,15 +10,15 @@ import itertools
 
 from psycopg2 import sql
 
-from mqtt_bridge import ledger
+from mqtt_bridge import ownership
 from mqtt_bridge.cli import main
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen
 
 _tries = itertools.count(1)
-_statements = ledger.statements
+_statements = ownership.statements
 
 
-def _never_recognise(self: Ledger, position: int, mark: bytes) -> Seen:
+def _never_recognise(self: Ledger, position: int, mark: bytes, *, dup: bool) -> Seen:
     return Seen.NEW
 
 
@@ -28,5 +28,5 @@ def _statements_with_a_key_of_their_own(client_id: str, entry: Entry) -> sql.Com
 
 if __name__ == "__main__":
     Ledger._recognise = _never_recognise  # type: ignore[method-assign]
-    ledger.statements = _statements_with_a_key_of_their_own
+    ownership.statements = _statements_with_a_key_of_their_own
     main()

@@ -14,7 +14,7 @@ from mqtt_bridge import pipeline as pipeline_module
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.errors import Fenced, MessageError
 from mqtt_bridge.ledger import Claim, Ledger
-from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Table, Translation
+from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Publish, Table, Translation
 from mqtt_bridge.pipeline import MESSAGE_OVERHEAD, Limits, Pipeline
 from mqtt_bridge.sink import Stopped
 from mqtt_bridge.transactions import Stored
@@ -113,10 +113,10 @@ class Hall:
     def receive(self, *payloads, qos=1, retain=False):
         for payload in payloads:
             packet_id = next(self.packet_ids) if qos else 0
-            self.pipeline.receive(b"t", payload, qos=qos, retain=retain, packet_id=packet_id)
+            self.pipeline.receive(Publish(b"t", payload, qos, retain, packet_id=packet_id))
 
     def redeliver(self, packet_id, payload):
-        self.pipeline.receive(b"t", payload, qos=1, retain=False, packet_id=packet_id, dup=True)
+        self.pipeline.receive(Publish(b"t", payload, 1, packet_id=packet_id, dup=True))
 
     def balance(self):
         balance = self.pipeline.balance()
@@ -243,7 +243,7 @@ def test_a_stream_of_ignored_messages_leaves_a_ledger_row_now_and_then(hall_of):
     hall = hall_of()
 
     for packet_id in range(1, 40_000, 1_000):
-        hall.pipeline.receive(b"t", b"ignored", qos=1, retain=False, packet_id=packet_id)
+        hall.pipeline.receive(Publish(b"t", b"ignored", 1, packet_id=packet_id))
         hall.settle()
 
     assert 2 <= len(hall.store.batches) <= 4
@@ -585,7 +585,7 @@ def test_what_a_lost_session_left_in_the_queue_is_stored_and_not_acknowledged(ha
     hall.receive(b"a")
 
     new = hall.connect(session_present=False)
-    hall.pipeline.receive(b"t", b"b", qos=1, retain=False, packet_id=1)
+    hall.pipeline.receive(Publish(b"t", b"b", 1, packet_id=1))
     hall.pipeline.start()
 
     hall.settle()
