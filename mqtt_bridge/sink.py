@@ -159,7 +159,7 @@ class Sink:
         )
 
     def prune(self, keys: Sequence[BatchKey]) -> None:
-        """Delete ledger rows that nobody needs any more; what fails is found again at the next start."""
+        """Delete ledger rows that nobody needs any more; one try, the caller keeps the keys where it fails."""
         self.run(lambda connection: ownership.prune(connection, self._client_id, keys))
 
     def run(self, action: Callable[[BridgeConnection], T]) -> T:
