@@ -117,7 +117,8 @@ def _stopping(request_stop: Callable[[], None]) -> Any:
         signals_seen += 1
         if signals_seen > 1:
             os._exit(EXIT_FAILED)
-        request_stop()
+        # Not here: the handler runs in the main thread, which may hold the very lock that an event is set under.
+        threading.Thread(target=request_stop, name="mqtt-bridge-stop", daemon=True).start()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

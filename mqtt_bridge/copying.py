@@ -78,6 +78,8 @@ class ReadingsEncoder:
 
     CACHED = 100_000
     """Pairs of device and metric remembered; beyond, the cache starts anew."""
+    LONGEST = 300
+    """Longer ones are not remembered: nobody can fill the memory with names."""
 
     def __init__(self) -> None:
         self._middles: dict[tuple[str, str], bytes] = {}
@@ -99,7 +101,9 @@ class ReadingsEncoder:
         return b"".join(parts)
 
     def _middle(self, device: str, metric: str) -> bytes:
-        if len(self._middles) >= self.CACHED:
-            self._middles.clear()
-        middle = self._middles[device, metric] = _text(device) + _text(metric)
+        middle = _text(device) + _text(metric)
+        if len(middle) <= self.LONGEST:
+            if len(self._middles) >= self.CACHED:
+                self._middles.clear()
+            self._middles[device, metric] = middle
         return middle

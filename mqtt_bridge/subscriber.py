@@ -89,6 +89,7 @@ class Subscriber:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._leaving = threading.Event()
+        self._closed_in = threading.Event()  # nothing of QoS 1 is taken in any more
         self._gone = threading.Event()  # the connection was left in good order
         # Written by the network thread alone, read by others:
         self._connection: BrokerConnection | None = None
@@ -107,8 +108,13 @@ class Subscriber:
             self._thread.start()
 
     def stop_taking_in(self) -> None:
-        """From now on QoS 1 messages are left to the broker; what was received goes on being acknowledged."""
+        """From now on QoS 1 messages are left to the broker; what was received goes on being acknowledged.
+
+        Returns when the network thread has heard of it: what the pipeline holds then is all that is to be drained.
+        """
         self._leaving.set()
+        if self.alive:
+            self._closed_in.wait(2 * TICK_S)
 
     def leave(self, timeout_s: float) -> bool:
         """Have every acknowledgement proven, and disconnect. False when that could not be done in time.
@@ -163,6 +169,7 @@ class Subscriber:
                 delay_s = LONGEST_DELAY_S
             self._stop.wait(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, LONGEST_DELAY_S)
+        self._closed_in.set()
         self._gone.set()
 
     def _connect_and_receive(self) -> None:
@@ -176,11 +183,14 @@ class Subscriber:
                 subscriptions=self.subscriptions,
                 confirmed=self._confirmed,
             )
-            connection.open()
         except SettingsError as error:  # a secret or a TLS file has become unreadable
             self._complain(str(error))
             return
+        try:
+            connection.open()
         except (OSError, UnicodeError) as error:
+            connection.close()
+            self._short_lived = 0  # the broker itself was away: nobody has taken anything over
             reason = explain_unreachable(error, host=self._settings.mqtt_host, port=self._settings.mqtt_port)
             self._complain(reason)
             return
@@ -225,7 +235,7 @@ class Subscriber:
     def _receive(self, connection: BrokerConnection) -> bool:
         """Until the connection ends; True when it was ended on purpose."""
         was_connected = was_subscribed = False
-        while not self._gone.is_set() and connection.step(TICK_S):
+        while not self._gone.is_set() and self._step(connection):
             if connection.connected and not was_connected:
                 was_connected = True
                 self._connects += 1
@@ -248,6 +258,12 @@ class Subscriber:
                 return True
         return False
 
+    def _step(self, connection: BrokerConnection) -> bool:
+        if self._leaving.is_set():
+            connection.stop_taking_in()
+            self._closed_in.set()
+        return connection.step(TICK_S)
+
     def _note_subscribed(self, connection: BrokerConnection) -> None:
         self._problem = None
         self._complaint.clear()
@@ -268,7 +284,6 @@ class Subscriber:
 
     def _leave(self, connection: BrokerConnection) -> bool:
         """Whether the connection was left: once asked to, and once every PUBACK is known to have been seen."""
-        connection.stop_taking_in()
         if not self._stop.is_set() or not connection.settled:
             return False
         connection.leave()
