@@ -1,4 +1,4 @@
-"""Builds the bridge of its parts, starts and stops them in order, and tells how it is.
+"""Builds the bridge of its parts, starts and stops them in order.
 
 Start: HTTP, so that the outside can see why it is not ready; database, schema and ownership of the client id; workers;
 and only then the subscriber, for what the broker redelivers can be recognised only by who has read the ledger.
@@ -13,10 +13,8 @@ connections to a database that is silent. `request_stop` may be called by a sign
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -24,13 +22,13 @@ from typing import Any
 import psycopg2
 import structlog
 
-from mqtt_bridge import __version__, dead_letters, schema
-from mqtt_bridge.account import Balance
+from mqtt_bridge import dead_letters, schema
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.connections import Connections
-from mqtt_bridge.errors import PAUSING, BridgeError, Fenced
+from mqtt_bridge.errors import BridgeError, Fenced
+from mqtt_bridge.health import Health, stacks
 from mqtt_bridge.ledger import Ledger
-from mqtt_bridge.metrics import Exposition, Observation
+from mqtt_bridge.metrics import Exposition
 from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.rates import Rates
 from mqtt_bridge.routes import Router, default_routes
@@ -46,11 +44,6 @@ EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_FENCED = 0, 1, 2, 3
 PROBE_EVERY_S = 5.0
 REPORT_EVERY_S = 60.0
 HOUSEKEEPING_EVERY_S = 3600.0
-STALLED_S = 60.0
-"""A message that waits longer than this although the database answers means that the bridge itself is stuck."""
-ANSWERED_WITHIN_S = 10.0
-SILENT_S = 15.0
-"""After this time without an answer, three probes, the database counts as silent."""
 LEAVE_S = 5.0
 """Time kept back from the drain for having the acknowledgements proven, at most."""
 
@@ -69,7 +62,6 @@ class Bridge:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._began_s = time.monotonic()
         self._router = make_router(settings)
         self._connections = Connections(settings.dsn, size=settings.db_pool_size)
         self._sink = Sink(
@@ -102,16 +94,6 @@ class Bridge:
             acks=self._acks,
             on_cut=self._ask_who_owns_the_client_id,
         )
-        self._metrics = Exposition(self.observe)
-        self._web = Web(
-            host=settings.http_host,
-            port=settings.http_port,
-            token=settings.http_token.get_secret_value() if settings.http_token else None,
-            status=self.status,
-            healthy=self.unhealthy_reasons,
-            ready=self.unready_reasons,
-            metrics=self._metrics.render,
-        )
         self._rates = Rates()
         self._tender_wakes = threading.Event()
         self._cut_off = threading.Event()  # the broker has ended a connection: is the client id still ours?
@@ -124,6 +106,36 @@ class Bridge:
         self._failure: BaseException | None = None
         self._began_receiving = False
         self._noted_subscriptions: frozenset[str] = frozenset()
+        self._health = Health(
+            settings,
+            pipeline=self._pipeline,
+            sink=self._sink,
+            subscriber=self._subscriber,
+            connections=self._connections,
+            acks=self._acks,
+            rates=self._rates,
+            threads={
+                "the network thread is dead": lambda: self._subscriber.alive,
+                "a worker thread is dead": lambda: self._pipeline.alive,
+                "the tender thread is dead": self._tender.is_alive,
+                "the watchdog thread is dead": self._watchdog.is_alive,
+            },
+            receiving=lambda: self._began_receiving,
+            stopping=self._stopping.is_set,
+        )
+        self._web = Web(
+            host=settings.http_host,
+            port=settings.http_port,
+            token=settings.http_token.get_secret_value() if settings.http_token else None,
+            status=self._health.status,
+            healthy=self._health.unhealthy_reasons,
+            ready=self._health.unready_reasons,
+            metrics=Exposition(self._health.observe).render,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What `/api/status` answers."""
+        return self._health.status()
 
     # -- running
 
@@ -168,7 +180,7 @@ class Bridge:
         while not self._stopped.wait(1.0):
             if self._connections.cut_silent():
                 log.warning("a database connection was cut: the server is there but does not answer", stack=stacks())
-            for reason in self._dead_threads():
+            for reason in self._health.dead_threads():
                 log.critical("the bridge cannot go on", reason=reason, stack=stacks())
                 self._fail(BridgeError(reason))
 
@@ -309,108 +321,3 @@ class Bridge:
         purged = self._sink.run(lambda connection: dead_letters.purge_older_than(connection, days))
         if purged:
             log.info("old dead letters were deleted", count=purged, older_than_days=days)
-
-    # -- how it is
-
-    def status(self) -> dict[str, Any]:
-        """What `/api/status` answers."""
-        return self._status(self._pipeline.balance())
-
-    def observe(self) -> Observation:
-        """What `/metrics` is made from."""
-        balance = self._pipeline.balance()
-        return Observation(
-            status=self._status(balance),
-            balance=balance,
-            retries=self._sink.retries,
-            unproven_acks=self._acks.unproven,
-            ready=not self.unready_reasons(),
-            healthy=not self.unhealthy_reasons(),
-        )
-
-    def _status(self, balance: Balance) -> dict[str, Any]:
-        broker = self._subscriber.state
-        received_per_s, stored_per_s = self._rates.per_second()
-        return {
-            "state": self._state(),
-            "reasons": self.unready_reasons(),
-            "messages": {"received": balance.received, **balance.outcomes, "in_flight": balance.in_flight},
-            "rows_stored": sum(balance.rows.values()),
-            "rates": {"received_per_s": round(received_per_s, 1), "stored_per_s": round(stored_per_s, 1)},
-            "latency_s": {"p50": balance.latency_p50_s, "p99": balance.latency_p99_s},
-            "oldest_unacked_s": _age_s(balance.oldest_us),
-            "queue": {"depth": balance.queue_depth, "size": self._settings.bridge_queue_size},
-            "broker": {
-                "connected": broker.connected,
-                "session_present": broker.session_present,
-                "client_id": self._settings.mqtt_client_id,
-                "reconnects": broker.reconnects,
-            },
-            "database": {
-                "connected": self._sink.reachable,
-                "pool_in_use": self._connections.in_use,
-                "pool_size": self._connections.size,
-            },
-            "spool": {"messages": 0, "bytes": 0},
-            "uptime_s": round(time.monotonic() - self._began_s, 1),
-            "version": __version__,
-        }
-
-    def _state(self) -> str:
-        if self._stopping.is_set():
-            return "draining"
-        trouble = self._sink.trouble
-        if trouble is not None and trouble.verdict in PAUSING:
-            return "paused"
-        return "running" if self._began_receiving else "starting"
-
-    def unready_reasons(self) -> list[str]:
-        """Why messages cannot flow from broker to database at the moment; empty when they can."""
-        reasons = ["shutting down"] if self._stopping.is_set() else []
-        trouble = self._sink.trouble
-        if trouble is not None:
-            reasons.append(str(trouble))
-        elif not self._sink.reachable:
-            reasons.append("the database has not answered yet")
-        elif time.monotonic() - (self._sink.last_answer_s or 0.0) > SILENT_S:
-            reasons.append("the database is silent: it neither answers nor refuses")
-        if not self._began_receiving:
-            reasons.append("not subscribed: the database comes first")
-        elif not self._subscriber.state.subscribed:
-            reasons.append(f"not subscribed: {self._subscriber.state.problem or 'waiting for the broker to confirm.'}")
-        return reasons
-
-    def unhealthy_reasons(self) -> list[str]:
-        """Why this process should be restarted; empty through every outage of others."""
-        reasons = self._dead_threads()
-        # What an outage has held back is not to blame on the bridge until it has had the time to store it.
-        age_s = min(_age_s(self._pipeline.balance().oldest_us), time.monotonic() - self._sink.trouble_ended_s)
-        answered_s = self._sink.last_answer_s
-        answers = answered_s is not None and time.monotonic() - answered_s < ANSWERED_WITHIN_S
-        if age_s > STALLED_S and answers and self._sink.trouble is None:
-            reasons.append(f"the oldest message has waited for {age_s:.0f} s although the database answers")
-        return reasons
-
-    def _dead_threads(self) -> list[str]:
-        if not self._began_receiving or self._stopping.is_set():
-            return []
-        threads = {
-            "the network thread is dead": self._subscriber.alive,
-            "a worker thread is dead": self._pipeline.alive,
-            "the tender thread is dead": self._tender.is_alive(),
-            "the watchdog thread is dead": self._watchdog.is_alive(),
-        }
-        return [reason for reason, alive in threads.items() if not alive]
-
-
-def _age_s(since_us: int | None) -> float:
-    return 0.0 if since_us is None else max(0.0, round(time.time() - since_us / 1e6, 3))
-
-
-def stacks() -> str:
-    """The stacks of all threads, to be read by whoever asks why one of them hangs."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(
-        f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
-    )

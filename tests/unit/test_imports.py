@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 TABLE = [
     ["__main__", "cli", "pytest_plugin", "testing", "tools"],
-    ["bridge", "web", "logs"],
+    ["bridge", "health", "web", "logs"],
     ["pipeline", "subscriber", "broker_connection", "publish_packet"],
     ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "dead_letters", "settings", "dsn"],
