@@ -1,10 +1,12 @@
 """Builds the bridge of its parts, starts and stops them in order.
 
-Start: HTTP, so that the outside can see why it is not ready; database, schema and ownership of the client id; workers;
-and only then the subscriber, for what the broker redelivers can be recognised only by who has read the ledger.
+Start: HTTP, so that the outside can see why it is not ready; the spool; database, schema and ownership of the client
+id; workers and drainer; and only then the subscriber, for what the broker redelivers can be recognised only by who has
+read the ledger and the spool.
 
-Stop: leave new messages to the broker, drain the queue into the database, have every PUBACK proven, disconnect. What
-cannot be done within `BRIDGE_SHUTDOWN_S` is left undone: it was not acknowledged, and the broker keeps it.
+Stop: leave new messages to the broker, drain the queue into the database (while that is away, into the spool where
+there is one), have every PUBACK proven, disconnect. What cannot be done within `BRIDGE_SHUTDOWN_S` is left undone: it
+was not acknowledged, and the broker keeps it.
 
 Threads: `run` belongs to the main thread. `mqtt-bridge-tender` does what needs the database beside the batches: probes,
 partitions, pruning. `mqtt-bridge-watchdog` needs nothing but the clock: it sees to it that the others live, and cuts
@@ -24,16 +26,22 @@ import structlog
 
 from mqtt_bridge import dead_letters, schema
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.batches import Batches
+from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.connections import Connections
-from mqtt_bridge.errors import BridgeError, Fenced
+from mqtt_bridge.diversion import Diversion
+from mqtt_bridge.drainer import Drainer
+from mqtt_bridge.errors import BridgeError, Fenced, Problem, SettingsError, SpoolElsewhere
 from mqtt_bridge.health import Health, stacks
 from mqtt_bridge.ledger import Ledger
 from mqtt_bridge.metrics import Exposition
+from mqtt_bridge.ownership import SpoolAtHand
 from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.rates import Rates
 from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.sink import Sink, Stopped
+from mqtt_bridge.spool import FILE_NAME, NoSpool, Spool, SpoolError, SpoolInUse
 from mqtt_bridge.subscriber import Subscriber
 from mqtt_bridge.web import Web
 
@@ -44,6 +52,8 @@ EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_FENCED = 0, 1, 2, 3
 PROBE_EVERY_S = 5.0
 REPORT_EVERY_S = 60.0
 HOUSEKEEPING_EVERY_S = 3600.0
+SPOOL_AGAIN_S = 1.0
+"""A spool that another process uses is asked for again after this time."""
 LEAVE_S = 5.0
 """Time kept back from the drain for having the acknowledgements proven, at most."""
 
@@ -57,23 +67,38 @@ def make_router(settings: Settings) -> Router:
     )
 
 
+def make_spool(settings: Settings) -> Spool | NoSpool:
+    """The spool that these settings ask for; with BRIDGE_SPOOL=off one that is there, to be emptied."""
+    directory = settings.bridge_spool_dir
+    if directory is None or (settings.bridge_spool == "off" and not (directory / FILE_NAME).exists()):
+        return NoSpool()
+    return Spool(directory, client_id=settings.mqtt_client_id, max_bytes=settings.bridge_spool_max_mb << 20)
+
+
 class Bridge:
     """One bridge: one client id, one subscriber, one pipeline, one sink."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, abandoned_spool: str | None = None) -> None:
+        """`abandoned_spool`: the id of a spool that is given up, with what may wait in it."""
         self._settings = settings
+        self._abandoned_spool = abandoned_spool
         self._router = make_router(settings)
+        batches = Batches(self._router, keep_retained=settings.mqtt_retained != "never")
         self._connections = Connections(settings.dsn, size=settings.db_pool_size)
         self._sink = Sink(
             self._connections,
             client_id=settings.mqtt_client_id,
             statement_timeout_s=settings.db_statement_timeout_s,
         )
+        self._spool = make_spool(settings)
+        self._diversion = Diversion(
+            self._sink, self._spool, mode=settings.bridge_spool, crowded=lambda: self._pipeline.crowded
+        )
         self._acks = AckTracker()
         self._ledger = Ledger(redelivery=settings.mqtt_redelivery)
         self._pipeline = Pipeline(
-            self._router,
-            self._sink,
+            batches,
+            self._diversion,
             ledger=self._ledger,
             acks=self._acks,
             limits=Limits(
@@ -83,9 +108,17 @@ class Bridge:
                 queue_size=settings.bridge_queue_size,
                 queue_bytes=settings.bridge_queue_mb << 20,
             ),
-            keep_retained=settings.mqtt_retained != "never",
+            linger_s=lambda: self._diversion.linger_s,
             on_fatal=self._fail,
             on_session_lost=lambda: self._tender_wakes.set(),
+        )
+        self._drainer = Drainer(
+            self._spool,
+            self._diversion,
+            self._sink,
+            batches,
+            on_drained=self._pipeline.drained,
+            on_fatal=self._fail,
         )
         self._subscriber = Subscriber(
             settings,
@@ -114,9 +147,11 @@ class Bridge:
             connections=self._connections,
             acks=self._acks,
             rates=self._rates,
+            spool=self._spool,
             threads={
                 "the network thread is dead": lambda: self._subscriber.alive,
                 "a worker thread is dead": lambda: self._pipeline.alive,
+                "the drainer thread is dead": lambda: self._drainer.alive,
                 "the tender thread is dead": self._tender.is_alive,
                 "the watchdog thread is dead": self._watchdog.is_alive,
             },
@@ -153,7 +188,7 @@ class Bridge:
             self._stopping.wait()
         except Stopped:
             pass  # asked to stop while the database was still awaited
-        except Fenced as error:
+        except (Fenced, SettingsError, SpoolElsewhere) as error:
             self._fail(error)
         except Exception as error:  # the supervisor must see the end, not a process that hangs with half its threads
             log.critical("the bridge failed for an unforeseen reason", exc_info=True)
@@ -162,8 +197,10 @@ class Bridge:
         return self._exit_code()
 
     def _start(self) -> None:
-        claim = self._sink.open(create=self._settings.db_auto_create)
-        self._ledger.load(claim)
+        self._open_spool()
+        claim = self._sink.open(create=self._settings.db_auto_create, spool=self._spool_at_hand())
+        self._ledger.load(claim, self._spool.entries())
+        self._pipeline.found_in_spool(self._spool.messages)
         self._subscriber.subscriptions = self._noted_subscriptions = claim.subscriptions
         log.info(
             "the database is ready",
@@ -172,8 +209,36 @@ class Bridge:
             unproven_batches=len(claim.entries),
         )
         self._pipeline.start()
+        self._drainer.start()
         self._subscriber.start()
         self._began_receiving = True
+
+    def _open_spool(self) -> None:
+        """Take the spool's directory; while a predecessor is still using it, wait for its end."""
+        complaint = Complaint()
+        while True:
+            try:
+                return self._spool.open()
+            except SpoolInUse as error:
+                if complaint.is_news(str(error)):
+                    log.warning(f"{error}", consequence="waiting until it is free; the broker keeps the messages")
+            except SpoolError as error:
+                directory = str(self._settings.bridge_spool_dir)
+                raise SettingsError(
+                    [Problem("BRIDGE_SPOOL_DIR", directory, "It cannot be used.", f"{error}")]
+                ) from error
+            if self._stopping.wait(SPOOL_AGAIN_S):
+                raise Stopped("the bridge stopped before its spool was free")
+
+    def _spool_at_hand(self) -> SpoolAtHand:
+        entries = list(self._spool.entries())
+        wanted = self._settings.bridge_spool != "off" or self._spool.messages > 0
+        return SpoolAtHand(
+            id=self._spool.id if wanted else None,
+            accepts=frozenset(name for name in (self._spool.id, self._abandoned_spool) if name),
+            keys=frozenset(entry.key for entry in entries),
+            session_epoch=max((entry.session_epoch for entry in entries), default=1),
+        )
 
     def _watch(self) -> None:
         """The watchdog's life, until the very end: also a shutdown must not hang on a silent database."""
@@ -194,14 +259,20 @@ class Bridge:
         """End the bridge because of `error`; called by any thread."""
         if self._failure is None:
             self._failure = error
-        if isinstance(error, Fenced):
+        if isinstance(error, Fenced | SettingsError | SpoolElsewhere):
             log.error(f"{error}; stopping", client_id=self._settings.mqtt_client_id)
-            self._sink.stop()
+            self._give_up_storing()
         self._stopping.set()
+
+    def _give_up_storing(self) -> None:
+        self._sink.stop()
+        self._diversion.stop()
 
     def _exit_code(self) -> int:
         if self._failure is None:
             return EXIT_OK
+        if isinstance(self._failure, SettingsError | SpoolElsewhere):
+            return EXIT_SETTINGS
         return EXIT_FENCED if isinstance(self._failure, Fenced) else EXIT_FAILED
 
     def _shut_down(self) -> None:
@@ -214,10 +285,13 @@ class Bridge:
         self._subscriber.stop_taking_in()
         if self._began_receiving and self._failure is None:
             self._leave_in_good_order(left_s)
-        self._sink.stop()
+        self._give_up_storing()
         self._subscriber.stop(left_s())
-        if not self._pipeline.stop(max(1.0, left_s())):
+        workers_ended = self._pipeline.stop(max(1.0, left_s()))
+        if not workers_ended:
             log.warning("a worker hangs in the database; its batch is left to the broker", stack=stacks())
+        if self._drainer.stop(max(1.0, left_s())) and workers_ended:
+            self._leave_the_spool()
         self._account_for_the_rest()
         self._stopped.set()
         self._tender_wakes.set()
@@ -228,12 +302,22 @@ class Bridge:
     def _leave_in_good_order(self, left_s: Callable[[], float]) -> None:
         """Drain, have the acknowledgements proven, disconnect, tidy up; each for as long as there is time left."""
         keep_back_s = min(LEAVE_S, self._settings.bridge_shutdown_s / 4)
+        self._diversion.hurry()
         self._pipeline.drain(max(0.0, left_s() - keep_back_s))
         if not self._subscriber.leave(left_s() * 0.8):
             log.warning("the broker has not confirmed the last acknowledgements; the ledger will recognise them")
+        self._diversion.wait_until_empty(left_s() * 0.8)
         self._tidy.set()
         self._tender_wakes.set()
         self._tidied.wait(min(2.0, left_s()))
+
+    def _leave_the_spool(self) -> None:
+        """Nobody uses it any more. Without messages in it, a successor can do without its disk."""
+        if self._spool.messages:
+            log.info("messages stay in the spool for the next start", messages=self._spool.messages)
+        elif self._spool.id and self._began_receiving and self._sink.reachable:
+            self._tend_to(self._sink.release_spool)
+        self._spool.close()
 
     def _account_for_the_rest(self) -> None:
         left, lost = self._pipeline.give_up()

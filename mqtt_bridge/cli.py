@@ -90,12 +90,14 @@ Examples:
 
 SIGTERM and SIGINT end it in good order: drain, commit, acknowledge, leave. A second one ends it at once."""
 )
-def run() -> None:
+@click.option("--abandon-spool", metavar="ID",
+              help="Start although this spool is not at hand: what waits in it is given up.")  # fmt: skip
+def run(abandon_spool: str | None) -> None:
     """Run the bridge until it is told to stop."""
     settings = _settings()
     for problem in unknown_names():
         click.echo(f"mqtt-bridge: warning: {problem}", err=True)
-    bridge = Bridge(settings)
+    bridge = Bridge(settings, abandoned_spool=abandon_spool)
     with _stopping(bridge.request_stop):
         code = bridge.run()
     raise click.exceptions.Exit(code)

@@ -80,6 +80,18 @@ class Fenced(BridgeError):
     """Another process has taken over this client id: this one must stop at once (exit code 3)."""
 
 
+class SpoolElsewhere(BridgeError):
+    """Acknowledged messages of this client id may lie on a disk that is not at hand: not to be started without it."""
+
+    def __init__(self, spool_id: str) -> None:
+        self.spool_id = spool_id
+        super().__init__(
+            f"messages that were acknowledged may wait in the spool {spool_id}, which is not in BRIDGE_SPOOL_DIR."
+            " Set BRIDGE_SPOOL_DIR to its directory (the bridge stores them first, also with BRIDGE_SPOOL=off), or give"
+            f" them up for good: mqtt-bridge run --abandon-spool {spool_id}"
+        )
+
+
 class Verdict(enum.Enum):
     """What the bridge does about an error of the database."""
 

@@ -25,6 +25,7 @@ from mqtt_bridge.pipeline import Pipeline
 from mqtt_bridge.rates import Rates
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.sink import Sink
+from mqtt_bridge.spool import NoSpool, Spool
 from mqtt_bridge.subscriber import Subscriber
 
 STALLED_S = 60.0
@@ -47,6 +48,7 @@ class Health:
         connections: Connections,
         acks: AckTracker,
         rates: Rates,
+        spool: Spool | NoSpool,
         threads: Mapping[str, Callable[[], bool]],
         receiving: Callable[[], bool],
         stopping: Callable[[], bool],
@@ -59,6 +61,7 @@ class Health:
         self._connections = connections
         self._acks = acks
         self._rates = rates
+        self._spool = spool
         self._threads = threads
         self._receiving = receiving
         self._stopping = stopping
@@ -103,7 +106,12 @@ class Health:
                 "pool_in_use": self._connections.in_use,
                 "pool_size": self._connections.size,
             },
-            "spool": {"messages": 0, "bytes": 0},
+            "spool": {
+                "messages": self._spool.messages,
+                "bytes": self._spool.bytes,
+                "full": self._spool.full,
+                "damaged": self._spool.damaged,
+            },
             "uptime_s": round(time.monotonic() - self._began_s, 1),
             "version": __version__,
         }
@@ -126,6 +134,8 @@ class Health:
             reasons.append("the database has not answered yet")
         elif time.monotonic() - (self._sink.last_answer_s or 0.0) > SILENT_S:
             reasons.append("the database is silent: it neither answers nor refuses")
+        if self._spool.full:
+            reasons.append("the spool is full: messages are held, see BRIDGE_SPOOL_MAX_MB and its disk")
         if not self._receiving():
             reasons.append("not subscribed: the database comes first")
         elif not self._subscriber.state.subscribed:

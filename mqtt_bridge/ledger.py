@@ -94,6 +94,7 @@ class Claim:
     owner_epoch: int
     session_epoch: int
     entries: tuple[Entry, ...]
+    """Those of the current session, but for batches that are in the spool."""
     subscriptions: frozenset[str] = frozenset()
     """Filters that the session at the broker is known to have."""
 
@@ -127,18 +128,23 @@ class Ledger:
         self._first_here = True  # nothing has been delivered on the current connection yet
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
         self._prunable: list[BatchKey] = []  # rows to delete with the next batch
+        self._spooled: set[BatchKey] = set()  # batches on the disk, whose rows must stay until those are stored
         self._noted = 0  # highest position that a row was made for
 
     # -- start and connections
 
-    def load(self, claim: Claim) -> None:
-        """Begin with what the database knows of this client id."""
+    def load(self, claim: Claim, spooled: Iterable[Entry] = ()) -> None:
+        """Begin with what the database knows of this client id, and with what is in the spool, oldest first."""
         self._owner_epoch = claim.owner_epoch
         self._session_epoch = claim.session_epoch
         for entry in claim.entries:
             self._remember(entry)
-        if self._committed:
-            self._highest = self._last_position = max(self._committed)
+        for entry in spooled:
+            self._spooled.add(entry.key)
+            if entry.fingerprints and entry.session_epoch == claim.session_epoch:
+                self._remember(entry)
+        if self._highest:
+            self._last_position = self._highest
             self._last_id = (self._last_position - 1) % LAP + 1
         self._forget_out_of_reach()
 
@@ -148,6 +154,7 @@ class Ledger:
             mark = entry.fingerprints[index * 8 : index * 8 + 8]
             if mark != _GAP:
                 self._commit(entry.first_position + index, mark, entry.key)
+        self._reach(entry.first_position + len(entry.fingerprints) // 8 - 1)
 
     def connected(self, *, session_present: bool) -> None:
         """A connection begins. Without its session the broker counts anew: nothing older may match."""
@@ -171,7 +178,7 @@ class Ledger:
         """
         self._session_epoch += 1
         self._session_raised = True
-        self._prunable.extend(self._unproven)
+        self._prunable.extend(key for key in self._unproven if key not in self._spooled)
         self._unproven.clear()
         self._committed.clear()
 
@@ -227,6 +234,9 @@ class Ledger:
         self._here[position] = mark
         self._first_here = False
         self._last_position, self._last_id = position, packet_id
+        self._reach(position)
+
+    def _reach(self, position: int) -> None:
         self._highest = max(self._highest, position)
         if self._highest - self._swept > SWEEP:
             self._forget_out_of_reach()
@@ -266,6 +276,22 @@ class Ledger:
         """The transaction of this batch was committed."""
         if entry.raises_session:
             self.session_raised(entry.session_epoch)
+        self._settle(entry, messages)
+
+    def spooled(self, entry: Entry, messages: Sequence[Message]) -> None:
+        """This batch is on the disk: as good as committed, but it has no row yet, and needs it until `drained`."""
+        self._spooled.add(entry.key)
+        self._settle(entry, messages)
+
+    def drained(self, entry: Entry) -> None:
+        """This batch was committed, and is out of the spool for good: no further try can need its row."""
+        if entry.raises_session:
+            self.session_raised(entry.session_epoch)
+        self._spooled.discard(entry.key)
+        if entry.key not in self._unproven:
+            self._prunable.append(entry.key)
+
+    def _settle(self, entry: Entry, messages: Sequence[Message]) -> None:
         self._unproven[entry.key] = 0
         matches = bool(entry.fingerprints) and entry.session_epoch == self._session_epoch
         for message in messages:
@@ -324,7 +350,8 @@ class Ledger:
 
     def _release_row(self, key: BatchKey) -> None:
         del self._unproven[key]
-        self._prunable.append(key)
+        if key not in self._spooled:
+            self._prunable.append(key)
 
     def _forget_out_of_reach(self) -> None:
         """Positions too old to come again. Acknowledged before a cut, the broker never mentions them."""

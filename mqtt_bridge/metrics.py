@@ -164,6 +164,18 @@ METRICS: tuple[Declared, ...] = (
         "mqtt_bridge_spool_messages", "gauge", "Messages in the disk buffer.", lambda o: o.status["spool"]["messages"]
     ),
     Declared("mqtt_bridge_spool_bytes", "gauge", "Bytes in the disk buffer.", lambda o: o.status["spool"]["bytes"]),
+    Declared(
+        "mqtt_bridge_spool_full",
+        "gauge",
+        "Whether the disk buffer takes nothing more.",
+        lambda o: o.status["spool"]["full"],
+    ),
+    Declared(
+        "mqtt_bridge_spool_damaged_messages",
+        "gauge",
+        "Messages that the disk returned damaged; their bytes are kept in the spool's file.",
+        lambda o: o.status["spool"]["damaged"],
+    ),
     Declared("mqtt_bridge_ready", "gauge", "Whether /readyz answers 200.", lambda o: o.ready),
     Declared("mqtt_bridge_healthy", "gauge", "Whether /healthz answers 200.", lambda o: o.healthy),
     Declared(

@@ -10,12 +10,13 @@ Threads: none of its own. Every function is given a connection, or makes SQL for
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import psycopg2
 from psycopg2 import sql
 from psycopg2.extensions import connection as Connection
 
-from mqtt_bridge.errors import Fenced
+from mqtt_bridge.errors import Fenced, SpoolElsewhere
 from mqtt_bridge.ledger import BatchKey, Claim, Entry
 
 
@@ -24,40 +25,78 @@ def lock_key(client_id: str) -> sql.Composable:
     return sql.SQL("hashtextextended('mqtt_bridge owner ' || {}, 0)").format(sql.Literal(client_id))
 
 
-def claim(connection: Connection, client_id: str) -> Claim:
+@dataclass(frozen=True, slots=True)
+class SpoolAtHand:
+    """What a process that claims a client id knows of the disk that it has brought along."""
+
+    id: str | None = None
+    """None where it has none, or an empty one that it does not want to use."""
+    accepts: frozenset[str] = frozenset()
+    """Further ids that may stand in `owners.spool_id`: of an empty spool, or of one that is given up on purpose."""
+    keys: frozenset[BatchKey] = frozenset()
+    """Batches that wait on it."""
+    session_epoch: int = 1
+    """The newest session that they know of: the database may not have heard of it yet."""
+
+
+NO_SPOOL = SpoolAtHand()
+
+
+def claim(connection: Connection, client_id: str, spool: SpoolAtHand = NO_SPOOL) -> Claim:
     """Take over `client_id`: from now on every older process is fenced. Runs in its own transaction.
 
     The exclusive lock waits until every transaction of older processes has ended; the ledger is read in a later
-    statement, with a new snapshot, and so sees all that they committed.
+    statement, with a new snapshot, and so sees all that they committed. `SpoolElsewhere` when acknowledged messages
+    may lie on a disk that is not at hand: then nothing is taken over.
     """
     with connection.cursor() as cursor:
         cursor.execute("BEGIN")
         cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
-        cursor.execute(_TAKE_OVER, {"client_id": client_id})
+        cursor.execute("SELECT spool_id FROM mqtt_bridge.owners WHERE client_id = %s", (client_id,))
+        _check_disk((cursor.fetchone() or (None,))[0], spool)
+        values = {"client_id": client_id, "spool_id": spool.id, "session_epoch": spool.session_epoch}
+        cursor.execute(_TAKE_OVER, values)
         owner_epoch, session_epoch, subscriptions = cursor.fetchone() or (0, 0, None)
-        cursor.execute(_FORGET_OLD_SESSIONS, {"client_id": client_id, "session_epoch": session_epoch})
         cursor.execute(_READ, {"client_id": client_id})
-        entries = tuple(
-            Entry(BatchKey(epoch, batch), session_epoch, first, bytes(fingerprints))
-            for epoch, batch, first, fingerprints in cursor.fetchall()
-        )
+        entries = [
+            Entry(BatchKey(epoch, batch), session, first, bytes(fingerprints))
+            for epoch, batch, session, first, fingerprints in cursor.fetchall()
+        ]
+        # A row of a batch that is in the spool stays, though its entries match nothing: the batch will be tried again.
+        rest = [entry for entry in entries if entry.key not in spool.keys]
+        known = [entry for entry in rest if entry.session_epoch == session_epoch and entry.fingerprints]
+        if needless := {entry.key for entry in rest}.difference(entry.key for entry in known):
+            cursor.execute(_pruning(client_id, needless))
         cursor.execute("COMMIT")
-    return Claim(owner_epoch, session_epoch, entries, frozenset((subscriptions or "").splitlines()))
+    return Claim(owner_epoch, session_epoch, tuple(known), frozenset((subscriptions or "").splitlines()))
+
+
+def _check_disk(spool_id: str | None, spool: SpoolAtHand) -> None:
+    if spool_id is not None and spool_id != spool.id and spool_id not in spool.accepts:
+        raise SpoolElsewhere(spool_id)
 
 
 _TAKE_OVER = """
-INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch) VALUES (%(client_id)s, 1, 1)
-ON CONFLICT (client_id) DO UPDATE SET owner_epoch = o.owner_epoch + 1, last_seen = now()
+INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch, spool_id)
+VALUES (%(client_id)s, 1, %(session_epoch)s, %(spool_id)s)
+ON CONFLICT (client_id) DO UPDATE SET owner_epoch = o.owner_epoch + 1, last_seen = now(), spool_id = %(spool_id)s,
+  session_epoch = greatest(o.session_epoch, %(session_epoch)s),
+  subscriptions = CASE WHEN o.session_epoch >= %(session_epoch)s THEN o.subscriptions END
 RETURNING owner_epoch, session_epoch, subscriptions
 """
-_FORGET_OLD_SESSIONS = """
-DELETE FROM mqtt_bridge.ledger
-WHERE client_id = %(client_id)s AND (session_epoch < %(session_epoch)s OR entries = '')
-"""
 _READ = """
-SELECT owner_epoch, batch, first_position, entries FROM mqtt_bridge.ledger
+SELECT owner_epoch, batch, session_epoch, first_position, entries FROM mqtt_bridge.ledger
 WHERE client_id = %(client_id)s ORDER BY owner_epoch, batch
 """
+
+
+def release_spool(connection: Connection, client_id: str, *, owner_epoch: int) -> None:
+    """The spool is empty, and nothing will be put into it any more: a successor does not need its disk."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE mqtt_bridge.owners SET spool_id = NULL WHERE client_id = %s AND owner_epoch = %s",
+            (client_id, owner_epoch),
+        )
 
 
 def check_owner(connection: Connection, client_id: str, *, owner_epoch: int) -> None:
@@ -96,12 +135,13 @@ def note_subscriptions(connection: Connection, client_id: str, filters: Iterable
 _NOTE_SUBSCRIPTIONS = "UPDATE mqtt_bridge.owners SET subscriptions = %s WHERE client_id = %s AND owner_epoch = %s"
 
 
-def statements(client_id: str, entry: Entry) -> sql.Composable:
+def statements(client_id: str, entry: Entry, *, owner_epoch: int) -> sql.Composable:
     """What a batch's transaction runs before its rows: shared lock, fence, ledger row, pruning.
 
-    The row's client_id is looked up among the owners of this very epoch: once another process has taken over it is
-    NULL, and the NOT NULL constraint is the fence. A key that is there already violates the primary key: this batch
-    was committed by an earlier try. `interpret` reads both.
+    The row's client_id is looked up among the owners of `owner_epoch`: once another process has taken over it is NULL,
+    and the NOT NULL constraint is the fence. The row itself carries the batch's own epoch, which is an older one where
+    the batch comes from the spool. A key that is there already violates the primary key: this batch was committed by
+    an earlier try. `interpret` reads both.
     """
     me = sql.Literal(client_id)
     parts = [sql.SQL("SELECT pg_advisory_xact_lock_shared({});").format(lock_key(client_id))]
@@ -110,6 +150,7 @@ def statements(client_id: str, entry: Entry) -> sql.Composable:
     parts.append(
         _WRITE.format(
             client_id=me,
+            current_epoch=sql.Literal(owner_epoch),
             owner_epoch=sql.Literal(entry.key.owner_epoch),
             batch=sql.Literal(entry.key.batch),
             session_epoch=sql.Literal(entry.session_epoch),
@@ -122,7 +163,7 @@ def statements(client_id: str, entry: Entry) -> sql.Composable:
     return sql.SQL(" ").join(parts)
 
 
-def _pruning(client_id: str, keys: Sequence[BatchKey]) -> sql.Composed:
+def _pruning(client_id: str, keys: Iterable[BatchKey]) -> sql.Composed:
     pairs = sql.SQL(", ").join(sql.SQL("({}, {})").format(sql.Literal(e), sql.Literal(b)) for e, b in keys)
     return _PRUNE.format(client_id=sql.Literal(client_id), keys=pairs)
 
@@ -135,11 +176,11 @@ def prune(connection: Connection, client_id: str, keys: Sequence[BatchKey]) -> N
 
 _RAISE_ON_THE_WAY = sql.SQL(
     "UPDATE mqtt_bridge.owners SET session_epoch = greatest(session_epoch, {session}), subscriptions = NULL"
-    " WHERE client_id = {client_id};"
+    " WHERE client_id = {client_id} AND session_epoch < {session};"
 )
 _WRITE = sql.SQL(
     "INSERT INTO mqtt_bridge.ledger (client_id, owner_epoch, batch, session_epoch, first_position, entries) VALUES ("
-    "(SELECT client_id FROM mqtt_bridge.owners WHERE client_id = {client_id} AND owner_epoch = {owner_epoch}),"
+    "(SELECT client_id FROM mqtt_bridge.owners WHERE client_id = {client_id} AND owner_epoch = {current_epoch}),"
     " {owner_epoch}, {batch}, {session_epoch}, {first_position}, {entries});"
 )
 _PRUNE = sql.SQL("DELETE FROM mqtt_bridge.ledger WHERE client_id = {client_id} AND (owner_epoch, batch) IN ({keys});")

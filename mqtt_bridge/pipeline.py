@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,12 +25,13 @@ import structlog
 
 from mqtt_bridge.account import Account, Balance
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.batches import Batches, Work
 from mqtt_bridge.complaints import Complaint
-from mqtt_bridge.errors import Fenced, MessageError
+from mqtt_bridge.errors import Fenced
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
-from mqtt_bridge.model import DeadLetter, Message, Publish, Tally, Translation
+from mqtt_bridge.model import DeadLetter, Message, Publish
 from mqtt_bridge.sink import Stopped
-from mqtt_bridge.transactions import Batch, Stored, Translated
+from mqtt_bridge.transactions import Batch, Stored
 
 log = structlog.get_logger(__name__)
 
@@ -39,22 +40,15 @@ MESSAGE_OVERHEAD = 570
 with tracemalloc on CPython 3.11, x86-64."""
 BATCH_BYTES = 8 << 20
 """A batch ends early when its payloads exceed this, so that large messages do not make huge transactions."""
-TRANSACTION_ROWS = 50_000
-"""A batch of messages with very many values is stored in several transactions of about so many rows."""
-
-
-class Translator(Protocol):
-    """What the pipeline needs of the router."""
-
-    def translate(self, message: Message, tally: Tally) -> Translation:
-        """The rows of `message`, or `MessageError`."""
+CROWDED = 0.8
+"""The share of the queue from which on there is no time to wait for a database that fails, if there is a spool."""
 
 
 class Store(Protocol):
-    """What the pipeline needs of the sink."""
+    """What the pipeline needs of the sink, or of the diversion where there is a spool."""
 
-    def store(self, batch: Batch) -> Stored:
-        """Return when `batch` is durable; `Stopped` or `Fenced` when it never will be."""
+    def store(self, batch: Batch) -> Stored | None:
+        """Return when `batch` is durable, None if that is on the disk; `Stopped` or `Fenced` if it never will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +62,6 @@ class Limits:
     queue_bytes: int = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A batch in a worker's hands, translated."""
-
-    messages: list[Message]
-    translated: list[Translated]
-    dead_letters: list[DeadLetter]
-    tally: Tally
-
-
 def _cost(message: Message) -> int:
     return len(message.topic) + len(message.payload) + MESSAGE_OVERHEAD
 
@@ -87,7 +71,7 @@ class Pipeline:
 
     def __init__(
         self,
-        translator: Translator,
+        batches: Batches,
         store: Store,
         *,
         ledger: Ledger,
@@ -95,21 +79,21 @@ class Pipeline:
         limits: Limits,
         on_fatal: Callable[[BaseException], None],
         on_session_lost: Callable[[], object] = lambda: None,
-        keep_retained: bool = True,
+        linger_s: Callable[[], float] = lambda: 0.0,
         clock_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         """`on_fatal` hears of what ends the bridge: `Fenced`, or an error that a worker cannot survive.
 
-        `on_session_lost` is called when `session_to_raise` has something to say; it must not block. Without
-        `keep_retained`, messages that the broker replays as retained are ignored.
+        `on_session_lost` is called when `session_to_raise` has something to say; it must not block. `linger_s`: how
+        long a batch may wait for more messages at the moment, where that is longer than `batch_wait_s`.
         """
-        self._translator = translator
+        self._batches = batches
         self._store = store
         self._acks = acks
         self._limits = limits
         self._on_fatal = on_fatal
         self._on_session_lost = on_session_lost
-        self._keep_retained = keep_retained
+        self._linger_s = linger_s
         self._clock_us = clock_us
         self._executor: ThreadPoolExecutor | None = None
         self._futures: list[Future[None]] = []
@@ -130,6 +114,12 @@ class Pipeline:
         self._stopped = False
 
     # -- start and stop
+
+    def found_in_spool(self, count: int) -> None:
+        """So many messages wait on the disk since before this process: in its account they count as received."""
+        with self._lock:
+            self._account.received += count
+            self._account.book("spooled", count)
 
     def start(self) -> None:
         """Start the workers. Idempotent."""
@@ -244,6 +234,12 @@ class Pipeline:
         """
         return self._owed >= self._limits.queue_size or self._owed_bytes >= self._limits.queue_bytes
 
+    @property
+    def crowded(self) -> bool:
+        """Whether the queue, QoS 0 included, is nearly full."""
+        limits = self._limits
+        return self._held >= CROWDED * limits.queue_size or self._held_bytes >= CROWDED * limits.queue_bytes
+
     def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until there is room again; False when that takes longer than `timeout_s`."""
         with self._lock:
@@ -282,10 +278,11 @@ class Pipeline:
 
     def _linger(self) -> None:
         """Give a small batch until `batch_wait_s` after its first message to grow."""
+        wait_s = max(self._limits.batch_wait_s, self._linger_s())
         while self._queue and len(self._queue) < self._limits.batch_size and not (self._draining or self._stopped):
-            left_s = self._limits.batch_wait_s - (self._clock_us() - self._queue[0].received_us) / 1e6
+            left_s = wait_s - (self._clock_us() - self._queue[0].received_us) / 1e6
             # The clock may have been set back meanwhile: never wait for longer than asked.
-            if left_s <= 0 or not self._arrived.wait(min(left_s, self._limits.batch_wait_s)):
+            if left_s <= 0 or not self._arrived.wait(min(left_s, wait_s)):
                 return
 
     def _pop(self) -> list[Message]:
@@ -298,65 +295,44 @@ class Pipeline:
         return messages
 
     def _process(self, messages: list[Message]) -> None:
-        for work in self._translate(messages):
+        for work in self._batches.parts(messages):
             with self._lock:
-                needless = not work.translated and not work.dead_letters and not self._ledger.lags
+                needless = work.is_needless and not self._ledger.lags
                 entry = None if needless else self._ledger.entry(work.messages)
-            stored = self._store.store(Batch(entry, work.translated, work.dead_letters)) if entry else Stored()
+            stored = self._store.store(work.batch(entry)) if entry else Stored()
             self._settle(work, entry, stored)
 
-    def _translate(self, messages: Sequence[Message]) -> Iterator[_Work]:
-        """What is to be stored of `messages`, in parts of a bounded number of rows."""
-        work, rows = _Work([], [], [], Tally()), 0
-        for message in messages:
-            work.messages.append(message)
-            rows += self._translate_one(message, work)
-            if rows >= TRANSACTION_ROWS:
-                yield work
-                work, rows = _Work([], [], [], Tally()), 0
-        if work.messages:
-            yield work
-
-    def _translate_one(self, message: Message, work: _Work) -> int:
-        """Add one message to `work`; how many rows it has. One that is ignored is only counted, in the tally."""
-        if message.retain and not self._keep_retained:
-            work.tally.ignore("retained")
-            return 0
-        try:
-            translation = self._translator.translate(message, work.tally)
-        except MessageError as error:
-            work.dead_letters.append(DeadLetter(message, error.route, error.stage, error.reason))
-            return 0
-        except Exception as error:  # a bug in a decoder costs this message, not the stream
-            log.exception("a message could not be decoded for an unforeseen reason", topic=message.topic)
-            reason = f"unforeseen {type(error).__name__}: {error}"
-            work.dead_letters.append(DeadLetter(message, None, "decode", reason))
-            return 0
-        if translation.ignored is None:
-            work.translated.append((message, translation))
-        else:
-            work.tally.ignore(translation.ignored)
-        return len(translation.rows)
-
-    def _settle(self, work: _Work, entry: Entry | None, stored: Stored) -> None:
-        """The one place where messages end: tell the ledger, acknowledge, count."""
+    def _settle(self, work: Work, entry: Entry | None, stored: Stored | None) -> None:
+        """The one place where messages leave the bridge's memory: tell the ledger, acknowledge, count."""
         messages = work.messages
         positions = [message.position for message in messages if message.qos]
         with self._lock:
             # Before the PUBACKs: a redelivery that crosses them must find its commit here.
             if entry is None:
                 self._ledger.forget(positions)
+            elif stored is None:
+                self._ledger.spooled(entry, messages)
             else:
                 self._ledger.settled(entry, messages)
         self._acks.finish(positions)
         with self._lock:
             # After the PUBACKs: who waits for the pipeline to be empty may rely on them being sent.
-            self._book(work, stored)
+            if stored is None:
+                self._account.book("spooled", len(messages))
+            else:
+                self._book(work, stored)
             del self._in_hand[threading.get_ident()][: len(messages)]
             self._hold(messages, -1)
             self._settled.notify_all()
 
-    def _book(self, work: _Work, stored: Stored) -> None:
+    def drained(self, entry: Entry, work: Work, stored: Stored) -> None:
+        """A batch that was on the disk is in the database now, and off the disk for good."""
+        with self._lock:
+            self._ledger.drained(entry)
+            self._account.book("spooled", -len(work.messages))
+            self._book(work, stored)
+
+    def _book(self, work: Work, stored: Stored) -> None:
         self._account.book("stored", len(work.translated) - len(stored.refused))
         self._account.book("ignored", sum(work.tally.ignored.values()))
         for letter in (*work.dead_letters, *stored.refused):

@@ -73,7 +73,9 @@ class Settings(BaseModel):
     bridge_spool: Annotated[Literal["off", "outage", "always"], _LOWER] = Field(
         "off", description="Disk buffer: off, outage (while the database is away) or always."
     )
-    bridge_spool_dir: Path | None = Field(None, description="Directory of the disk buffer.")
+    bridge_spool_dir: Path | None = Field(
+        None, description="Directory of the disk buffer; what is found there is stored, also with BRIDGE_SPOOL=off."
+    )
     bridge_spool_max_mb: int = Field(1024, ge=1, description="Most megabytes of the disk buffer.")
 
     mqtt_host: str = Field("localhost", description="Host name or address of the broker.")
@@ -190,7 +192,6 @@ _NOT_IN_THIS_VERSION = {
     # Remove the line of what has been built: nothing else keeps it from being used.
     "bridge_routes": "Leave BRIDGE_ROUTES empty and list the topics in MQTT_TOPICS.",
     "bridge_processes": "Leave BRIDGE_PROCESSES at 1.",
-    "bridge_spool": "Leave BRIDGE_SPOOL off: while the database is away the broker keeps the messages.",
 }
 
 
@@ -472,6 +473,12 @@ def _check_session_expiry(settings: Settings) -> Iterator[Problem]:
         yield _problem("mqtt_session_expiry_s", 0, why, "Set how long the bridge may be away, as 604800 for a week.")
 
 
+def _check_spool(settings: Settings) -> Iterator[Problem]:
+    if settings.bridge_spool != "off" and settings.bridge_spool_dir is None:
+        remedy = "Set BRIDGE_SPOOL_DIR to a directory on a local disk that survives restarts, of this bridge alone."
+        yield _problem("bridge_spool", settings.bridge_spool, "The disk buffer has no directory.", remedy)
+
+
 def _check_shared_group(settings: Settings) -> Iterator[Problem]:
     group = settings.mqtt_shared_group
     if group and re.search(r"[/+#\0]", group):
@@ -488,7 +495,8 @@ def _check_database_url(settings: Settings) -> Iterator[Problem]:
 
 _RULES: tuple[tuple[Callable[[Settings], Iterator[Problem]], str], ...] = (
     # Each with the settings it reads.
-    (_check_version, "bridge_routes bridge_processes bridge_spool"),
+    (_check_version, "bridge_routes bridge_processes"),
+    (_check_spool, "bridge_spool bridge_spool_dir"),
     (_check_routes, "bridge_routes mqtt_topics"),
     (_check_topics, "mqtt_topics"),
     (_check_queue_size, "bridge_queue_size"),

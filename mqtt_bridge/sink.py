@@ -1,7 +1,8 @@
 """Batches into PostgreSQL, however long it takes.
 
-`store` returns when the batch is durable, and not before: it retries for as long as the process runs. What an error
-means is decided in `errors`; what is done about it here, by tenacity. One try is in `transactions`.
+`store` returns when the batch is durable, and not before: it retries for as long as the process runs, or as its caller
+has patience. What an error means is decided in `errors`; what is done about it here, by tenacity. One try is in
+`transactions`.
 
 Invariant: a batch is tried under one key until its fate is known, so a COMMIT whose answer was lost is never repeated.
 
@@ -11,6 +12,7 @@ threads write are single references, replaced whole, and a dict in which each th
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -24,8 +26,9 @@ import tenacity
 from mqtt_bridge import ownership, schema
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.connections import BridgeConnection, Connections
-from mqtt_bridge.errors import PAUSING, BridgeError, Failure, Fenced, Verdict, classify
+from mqtt_bridge.errors import PAUSING, BridgeError, Failure, Fenced, SpoolElsewhere, Verdict, classify
 from mqtt_bridge.ledger import BatchKey, Claim
+from mqtt_bridge.ownership import NO_SPOOL, SpoolAtHand
 from mqtt_bridge.transactions import Batch, Stored, Transactions
 
 log = structlog.get_logger(__name__)
@@ -45,6 +48,11 @@ class Stopped(BridgeError):
     """The bridge stops before the batch could be stored: it stays unacknowledged, the broker keeps it."""
 
 
+class Impatient(BridgeError):
+    """The patience of the caller has ended first. Its batch may be committed all the same: only under its key may it
+    be tried again, in whatever other place it is kept meanwhile."""
+
+
 # Verdict -> first and longest delay in seconds; the delay doubles with every try, with jitter.
 _DELAYS_S = {
     Verdict.RECONNECT: (0.1, 30.0),
@@ -61,6 +69,15 @@ _DELAYS_S = {
 SILENCE_S = 15.0
 """Beyond its own statement timeout the server is given this long to say so; then it is taken for silent."""
 PROBE_LIMIT_S = 5.0
+LOOK_UP_S = 1.0
+"""Between two tries, whoever has limited patience is asked so often whether it has ended."""
+FAILING = frozenset({Verdict.RECONNECT, *PAUSING})
+"""Verdicts for which the database counts as failing. A lock or a time limit is none: it is slow then, not away."""
+_GIVEN_UP = 0  # no thread's number: stands for those who have lost their patience, until something is stored again
+
+
+def _for_ever() -> float:
+    return math.inf
 
 
 class Sink:
@@ -74,7 +91,7 @@ class Sink:
         self._stop = threading.Event()
         self._changed = threading.Condition()  # notified when the database is seen again, and by `stop`
         self._complaint = Complaint()
-        self._owner_epoch = 0
+        self._failing_since_s: float | None = None
         self._troubles: dict[int, Failure] = {}  # by thread: what keeps it from storing; each writes its own
         self.reachable = False
         """Whether the database answered when it was last asked."""
@@ -86,27 +103,41 @@ class Sink:
 
     # -- start and stop
 
-    def open(self, *, create: bool) -> Claim:
-        """Wait for the database, make sure of the schema, and take over the client id. `Stopped` by `stop`."""
-        claim = self._persist(lambda connection: self._open(connection, create=create))
-        self._owner_epoch = claim.owner_epoch
+    def open(self, *, create: bool, spool: SpoolAtHand = NO_SPOOL) -> Claim:
+        """Wait for the database, make sure of the schema, and take over the client id.
+
+        Raises `SpoolElsewhere` as `ownership.claim` does, and `Stopped` by `stop`.
+        """
+        claim = self._persist(lambda connection: self._open(connection, spool, create=create))
+        self._transactions.owner_epoch = claim.owner_epoch
         return claim
 
-    def _open(self, connection: BridgeConnection, *, create: bool) -> Claim:
+    def _open(self, connection: BridgeConnection, spool: SpoolAtHand, *, create: bool) -> Claim:
         schema.ensure(connection, create=create)
-        return ownership.claim(connection, self._client_id)
+        return ownership.claim(connection, self._client_id, spool)
+
+    @property
+    def _owner_epoch(self) -> int:
+        return self._transactions.owner_epoch
 
     def stop(self) -> None:
         """Give up whatever is being retried: `store` raises `Stopped`. Idempotent."""
         self._stop.set()
         self._rouse()
 
-    def store(self, batch: Batch) -> Stored:
-        """Commit `batch`, however long that takes.
+    def store(self, batch: Batch, *, patience_s: Callable[[], float] = _for_ever) -> Stored:
+        """Commit `batch`, however long that takes, or as long as `patience_s` says how long it may still take.
 
-        Raises `Stopped` when the bridge stops first, and `Fenced` when another process owns the client id.
+        Raises `Stopped` when the bridge stops first, `Impatient` when the patience ends first, and `Fenced` when
+        another process owns the client id.
         """
-        return self._persist(lambda connection: self._transactions.run(connection, batch))
+        return self._persist(lambda connection: self._transactions.run(connection, batch), patience_s)
+
+    @property
+    def failing_s(self) -> float:
+        """For how long it has not been possible to store something; 0 while all is well, or merely slow."""
+        since_s = self._failing_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     @property
     def trouble(self) -> Failure | None:
@@ -158,6 +189,10 @@ class Sink:
             )
         )
 
+    def release_spool(self) -> None:
+        """Note that no acknowledged message is on the disk any more; one try."""
+        self.run(lambda connection: ownership.release_spool(connection, self._client_id, owner_epoch=self._owner_epoch))
+
     def prune(self, keys: Sequence[BatchKey]) -> None:
         """Delete ledger rows that nobody needs any more; one try, the caller keeps the keys where it fails."""
         self.run(lambda connection: ownership.prune(connection, self._client_id, keys))
@@ -169,20 +204,21 @@ class Sink:
 
     # -- retrying
 
-    def _persist(self, action: Callable[[BridgeConnection], T]) -> T:
-        """Run `action` until it succeeds. `Fenced` passes through, `Stopped` ends it."""
+    def _persist(self, action: Callable[[BridgeConnection], T], patience_s: Callable[[], float] = _for_ever) -> T:
+        """Run `action` until it succeeds. `Fenced` passes through; `Stopped` or `Impatient` end it."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Attempt),
-            stop=tenacity.stop_when_event_set(self._stop),
+            after=self._after_attempt,
+            stop=lambda _: self._stop.is_set() or patience_s() <= 0,
             wait=_delay_s,
-            sleep=self._nap,
-            before_sleep=self._before_sleep,
+            sleep=lambda seconds: self._nap(seconds, patience_s),
         )
         try:
             result: T = retrying(self._attempt, action)
         except tenacity.RetryError as error:
-            raise Stopped("the bridge stopped before the batch could be stored") from error
+            raise self._why_it_ended() from error
         self._answered()
+        self._troubles.pop(_GIVEN_UP, None)
         self._recovered()
         return result
 
@@ -191,14 +227,22 @@ class Sink:
         try:
             with self._connections.connection(limit_s=self._limit_s) as connection:
                 return _drop_if_useless(connection, action)
-        except Fenced:
+        except (Fenced, SpoolElsewhere):
             raise
         except Exception as error:  # every error has a verdict; none may end a worker
             connected = connection is not None and not connection.closed
             failure = classify(error, connected=connected)
             raise Attempt(failure, stale=connection is not None and not connection.fresh) from error
 
-    def _before_sleep(self, state: tenacity.RetryCallState) -> None:
+    def _why_it_ended(self) -> BridgeError:
+        if self._stop.is_set():
+            return Stopped("the bridge stopped before the batch could be stored")
+        if failure := self._troubles.pop(threading.get_ident(), None):
+            self._troubles[_GIVEN_UP] = failure
+        return Impatient("the batch could not be stored in time")
+
+    def _after_attempt(self, state: tenacity.RetryCallState) -> None:
+        """Runs before it is decided whether to go on: patience may end because of what is noted here."""
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, Attempt):
             self.retries += 1
@@ -208,6 +252,8 @@ class Sink:
     def _note(self, failure: Failure) -> None:
         """Remember the trouble, and log it when it is news or has lasted another minute."""
         self._troubles[threading.get_ident()] = failure
+        if failure.verdict in FAILING and self._failing_since_s is None:
+            self._failing_since_s = time.monotonic()
         if failure.verdict is Verdict.RECONNECT:
             self.reachable = False
         if not self._complaint.is_news(failure.sentence):
@@ -228,17 +274,21 @@ class Sink:
     def _recovered(self) -> None:
         """This thread's trouble is over; that of another may go on."""
         had_trouble = self._troubles.pop(threading.get_ident(), None)
+        if not any(failure.verdict in FAILING for failure in list(self._troubles.values())):
+            self._failing_since_s = None
         if had_trouble:
             self.trouble_ended_s = time.monotonic()
         if had_trouble and not self._troubles and self._complaint.clear():
             log.info("the database stores again")
 
-    def _nap(self, seconds: float) -> None:
-        """Sleep until the delay is over, the database is seen again, or the bridge stops."""
+    def _nap(self, seconds: float, patience_s: Callable[[], float]) -> None:
+        """Sleep until the delay or the patience is over, the database is seen again, or the bridge stops."""
+        end_s = time.monotonic() + seconds
         with self._changed:
             # Decided under the lock: `stop` sets its event first, so that its notification cannot be missed.
-            if not self._stop.is_set():
-                self._changed.wait(seconds)
+            while not self._stop.is_set() and (left_s := min(end_s - time.monotonic(), patience_s())) > 0:
+                if self._changed.wait(min(left_s, LOOK_UP_S)):
+                    return
 
 
 def _drop_if_useless(connection: BridgeConnection, action: Callable[[BridgeConnection], T]) -> T:

@@ -1,6 +1,6 @@
 """The optional disk buffer: batches that wait on this machine for a database that is away.
 
-Complete in itself and tested, but the pipeline does not use it in this version: BRIDGE_SPOOL other than off is refused.
+What goes in is decided in `diversion`, what comes out is stored by `drainer`.
 
 A batch goes in whole and comes out whole: its key and ledger entry, so that whoever stores it later does so under the
 same key, and its messages as they were received, which are decoded only when they are drained. First in, first out.
@@ -75,12 +75,45 @@ class SpoolError(BridgeError):
     """The spool cannot be used. The message says what is wrong, where, and what to do."""
 
 
+class SpoolInUse(SpoolError):
+    """Another process has the directory: once that has ended, it can be used."""
+
+
 class Spooled(NamedTuple):
     """A batch in the spool."""
 
     sequence: int
     entry: Entry
     messages: list[Message]
+
+
+class NoSpool:
+    """What stands in for a spool where there is none: it holds nothing and takes nothing."""
+
+    id = ""
+    messages = damaged = bytes = 0
+    full = False
+
+    def open(self) -> None:
+        """Nothing to open."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def append(self, _entry: Entry, _messages: Sequence[Message]) -> bool:
+        """No room."""
+        return False
+
+    def first(self) -> Spooled | None:
+        """None."""
+        return None
+
+    def remove(self, _sequence: int) -> None:
+        """Nothing to remove."""
+
+    def entries(self) -> Iterator[Entry]:
+        """None."""
+        return iter(())
 
 
 class Spool:
@@ -367,8 +400,8 @@ def _take(directory: Path) -> int:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             text = "is in use by another process. Give each bridge a BRIDGE_SPOOL_DIR of its own."
-        else:
-            text = f"cannot be locked: {error.strerror}. Set BRIDGE_SPOOL_DIR to a directory on a local disk."
+            raise SpoolInUse(f"the spool's directory {directory} {text}") from error
+        text = f"cannot be locked: {error.strerror}. Set BRIDGE_SPOOL_DIR to a directory on a local disk."
         raise SpoolError(f"the spool's directory {directory} {text}") from error
     return descriptor
 

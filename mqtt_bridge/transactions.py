@@ -43,6 +43,8 @@ class Batch:
     entry: Entry
     translated: Sequence[Translated]
     dead_letters: Sequence[DeadLetter]
+    messages: Sequence[Message] = ()
+    """All of them as they were received, those that are ignored as well: what goes to the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Transactions:
     def __init__(self, *, client_id: str, statement_timeout_s: float) -> None:
         self._client_id = client_id
         self._begin = begin(statement_timeout_s)
+        self.owner_epoch = 0
+        """Of this process: only while it is the newest does a transaction commit."""
         self._readings = copying.ReadingsEncoder()
         self._dead_letters = copying.encoder(dead_letters.TYPES)
         self._breaker = Breaker()
@@ -113,7 +117,10 @@ class Transactions:
         return None
 
     def _prologue(self, batch: Batch) -> sql.Composable:
-        return sql.SQL("{} {} ").format(self._begin, ownership.statements(self._client_id, batch.entry))
+        return sql.SQL("{} {} ").format(self._begin, self._bookkeeping(batch.entry))
+
+    def _bookkeeping(self, entry: Entry) -> sql.Composable:
+        return ownership.statements(self._client_id, entry, owner_epoch=self.owner_epoch)
 
     def _copies(
         self, connection: BridgeConnection, translated: Sequence[Translated], letters: Sequence[DeadLetter]

@@ -77,13 +77,13 @@ class Program:
 
     # -- its life
 
-    def start(self) -> Self:
-        """Start it; returns at once."""
+    def start(self, *options: str) -> Self:
+        """Start it, with these options of `run`; returns at once."""
         assert not self.running, "it runs already"
         self._began_at = self._log_path.stat().st_size
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                command_line("run"),
+                command_line("run", *options),
                 cwd=self._directory,
                 env=environment(**self.settings),
                 stdin=subprocess.DEVNULL,

@@ -22,8 +22,9 @@ def _never_recognise(self: Ledger, position: int, mark: bytes, *, dup: bool) -> 
     return Seen.NEW
 
 
-def _statements_with_a_key_of_their_own(client_id: str, entry: Entry) -> sql.Composable:
-    return _statements(client_id, entry._replace(key=BatchKey(entry.key.owner_epoch, next(_tries))))
+def _statements_with_a_key_of_their_own(client_id: str, entry: Entry, *, owner_epoch: int) -> sql.Composable:
+    key = BatchKey(entry.key.owner_epoch, next(_tries))
+    return _statements(client_id, entry._replace(key=key), owner_epoch=owner_epoch)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 
 from mqtt_bridge.account import Balance
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.batches import Batches
 from mqtt_bridge.broker_connection import BARRIER
 from mqtt_bridge.ledger import Ledger
 from mqtt_bridge.pipeline import Limits, Pipeline
@@ -130,7 +131,7 @@ def start_rig() -> Iterator[StartRig]:
         settings = Settings(mqtt_host="127.0.0.1", mqtt_port=port, **changes)
         router, store, acks = Router(default_routes(",".join(settings.mqtt_topics))), GatedStore(), AckTracker()
         pipeline = _Pipeline(
-            router,
+            Batches(router),
             store,
             ledger=Ledger(redelivery=settings.mqtt_redelivery),
             acks=acks,

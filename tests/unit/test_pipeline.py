@@ -10,8 +10,10 @@ from collections import Counter
 import pytest
 from structlog.testing import capture_logs
 
+from mqtt_bridge import batches as batches_module
 from mqtt_bridge import pipeline as pipeline_module
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.batches import Batches
 from mqtt_bridge.errors import Fenced, MessageError
 from mqtt_bridge.ledger import Claim, Ledger
 from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Publish, Table, Translation
@@ -86,14 +88,13 @@ class Hall:
         self.sessions_lost = 0
         limits = {"workers": 1, "batch_wait_s": AT_ONCE} | limits
         self.pipeline = Pipeline(
-            Translator(),
+            Batches(Translator(), keep_retained=keep_retained),
             self.store,
             ledger=self.ledger,
             acks=AckTracker(),
             limits=Limits(**limits),
             on_fatal=self.fatal.append,
             on_session_lost=self.lose_session,
-            keep_retained=keep_retained,
             **({"clock_us": clock_us} if clock_us else {}),
         )
         self.packet_ids = itertools.count(1)
@@ -211,7 +212,7 @@ def test_a_batch_of_large_messages_ends_early(hall_of, monkeypatch):
 
 
 def test_messages_of_many_rows_are_stored_in_several_transactions(hall_of, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "TRANSACTION_ROWS", 3)
+    monkeypatch.setattr(batches_module, "TRANSACTION_ROWS", 3)
     hall = hall_of(start=False)
     hall.receive(b"a", b"b", b"ignored", b"c", b"d", b"e", b"f", b"broken")
 
@@ -225,7 +226,7 @@ def test_messages_of_many_rows_are_stored_in_several_transactions(hall_of, monke
 
 
 def test_the_account_balances_between_the_parts_of_a_batch(hall_of, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "TRANSACTION_ROWS", 1)
+    monkeypatch.setattr(batches_module, "TRANSACTION_ROWS", 1)
     hall = hall_of(start=False)
     hall.pipeline._store = gated = Gated(hall.store, b"b")
     hall.receive(b"a", b"b", b"c")

@@ -304,9 +304,7 @@ def test_routes_and_topics_together_are_refused():
     assert any("MQTT_TOPICS is set as well" in problem.problem for problem in problems)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("BRIDGE_SPOOL", "outage"), ("BRIDGE_SPOOL", "always"), ("BRIDGE_PROCESSES", "2")]
-)
+@pytest.mark.parametrize(("name", "value"), [("BRIDGE_PROCESSES", "2")])
 def test_what_does_not_exist_yet_is_one_clear_problem(name, value):
     problem = problem_of(**{name: value})
 

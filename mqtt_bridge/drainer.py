@@ -1,0 +1,116 @@
+"""From the spool into the database: the oldest batch first, one at a time, each under its own key.
+
+A batch is translated when it is drained, by the routes of today. It leaves the spool when its transaction is committed,
+and its ledger row stays until it has left: a crash between the two makes the next process find the row, and not store
+the batch again.
+
+Invariants: first in, first out; a batch leaves the disk only after its commit was seen.
+
+Threads: `mqtt-bridge-drainer` does all of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import structlog
+
+from mqtt_bridge.batches import Batches, Work
+from mqtt_bridge.complaints import Complaint
+from mqtt_bridge.diversion import Diversion
+from mqtt_bridge.errors import Fenced
+from mqtt_bridge.ledger import Entry
+from mqtt_bridge.sink import Stopped
+from mqtt_bridge.spool import NoSpool, Spool, Spooled, SpoolError
+from mqtt_bridge.transactions import Batch, Stored
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+DISK_AGAIN_S = 5.0
+"""A disk that cannot be read, or not written to, is tried again after this time."""
+
+
+class Store(Protocol):
+    """What is needed of the sink."""
+
+    def store(self, batch: Batch) -> Stored:
+        """Return when `batch` is durable; `Stopped` or `Fenced` when it never will be."""
+
+
+class Drainer:
+    """Empties the spool for as long as the bridge runs."""
+
+    def __init__(
+        self,
+        spool: Spool | NoSpool,
+        diversion: Diversion,
+        store: Store,
+        batches: Batches,
+        *,
+        on_drained: Callable[[Entry, Work, Stored], None],
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        """`on_drained` settles a batch that is committed and out of the spool."""
+        self._spool = spool
+        self._diversion = diversion
+        self._store = store
+        self._batches = batches
+        self._on_drained = on_drained
+        self._on_fatal = on_fatal
+        self._complaint = Complaint()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mqtt-bridge-drainer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Idempotent."""
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread, after `Diversion.stop` and `Sink.stop`; False when it hangs. Safe when never started."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, as it should from `start` to `stop`."""
+        return self._thread.is_alive()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._diversion.wait_for_batch()
+                if spooled := self._from_disk(self._spool.first):
+                    self._drain(spooled)
+        except Stopped:
+            log.debug("the drainer has stopped; what is in the spool stays there")
+        except Fenced as error:
+            self._on_fatal(error)
+        except BaseException as error:
+            log.critical("the drainer has died; what is in the spool stays there", exc_info=True)
+            self._on_fatal(error)
+
+    def _drain(self, spooled: Spooled) -> None:
+        work = self._batches.whole(spooled.messages)
+        stored = self._store.store(work.batch(spooled.entry))
+        self._from_disk(lambda: self._spool.remove(spooled.sequence))
+        self._on_drained(spooled.entry, work, stored)
+        self._diversion.removed()
+
+    def _from_disk(self, action: Callable[[], T]) -> T:
+        """Run `action` until the disk lets it: the batch in hand is committed already, or untouched."""
+        while True:
+            try:
+                return action()
+            except SpoolError as error:
+                if self._complaint.is_news(str(error)):
+                    log.error(f"{error}", consequence="nothing can be drained until the disk is well")
+            if self._stop.wait(DISK_AGAIN_S):
+                raise Stopped("the bridge stopped while the disk was failing")
