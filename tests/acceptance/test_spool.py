@@ -25,7 +25,7 @@ def spooled(bridge):
 
 
 def wait_until_spooled(bridge, count):
-    wait_until(lambda: spooled(bridge) == count, timeout_s=60, what=f"{count} messages on the disk")
+    wait_until(lambda: bridge.messages()["spooled"] == count, timeout_s=60, what=f"{count} messages on the disk")
 
 
 def assert_balanced(bridge):

@@ -670,6 +670,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.acks = AckTracker()
         self.ledger.load(Claim(self.database.owner_epoch, self.database.session_epoch, self.database.claimed()))
 
+    def is_kept(self, serial):
+        """Whether it is durable: whatever the broker and this process forget, it will be stored."""
+        return self.stored[serial] > 0
+
     def connect(self, *, session_present):
         self.broker.connect()
         self.ledger.connected(session_present=session_present)
@@ -695,14 +699,14 @@ class LedgerMachine(RuleBasedStateMachine):
         waiting = [serial for serial, _ in self.queue] + [s for _, batch, _ in self.in_hand for s, _ in batch]
         if seen is Seen.NEW:
             assert publish.serial not in waiting, "a pending message is taken for a new one"
-            assert not self.stored[publish.serial], "a committed message is taken for a new one"
+            assert not self.is_kept(publish.serial), "a committed message is taken for a new one"
             self.placed[position] = publish.serial
             self.queue.append((publish.serial, message(position, publish.mark)))
         elif seen is Seen.PENDING:
             assert publish.serial in waiting, "a new message is taken for a pending one"
             assert self.placed[position] == publish.serial
         elif seen is Seen.COMMITTED:
-            assert self.stored[publish.serial], "a new message is taken for a committed one: it is lost"
+            assert self.is_kept(publish.serial), "a new message is taken for a committed one: it is lost"
         if seen is not Seen.RESENT:
             self.acks.add(position, publish.packet_id, finished=seen is Seen.COMMITTED)
         return seen
@@ -866,7 +870,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hasattr(self, "broker"):
             return
         at_broker = {p.serial for p in (*self.broker.queue, *self.broker.in_flight)}
-        assert not [serial for serial in self.kept - at_broker if not self.stored[serial]], "acknowledged and lost"
+        assert not [serial for serial in self.kept - at_broker if not self.is_kept(serial)], "acknowledged and lost"
 
     def teardown(self):
         if not hasattr(self, "broker"):
