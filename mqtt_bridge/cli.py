@@ -95,7 +95,7 @@ def run() -> None:
     settings = _settings()
     for problem in unknown_names():
         click.echo(f"mqtt-bridge: warning: {problem}", err=True)
-    bridge = Bridge(settings)
+    bridge = Bridge(settings, exit_now=os._exit)
     with _stopping(bridge.request_stop):
         code = bridge.run()
     raise click.exceptions.Exit(code)

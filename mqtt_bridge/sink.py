@@ -78,10 +78,10 @@ class Sink:
         self._troubles: dict[int, Failure] = {}  # by thread: what keeps it from storing; each writes its own
         self.reachable = False
         """Whether the database answered when it was last asked."""
-        self.last_answer_s: float | None = None
+        self.answered_s: float | None = None
         """Monotonic time of the last transaction or probe that succeeded."""
-        self.trouble_ended_s = time.monotonic()
-        """Monotonic time at which a trouble last ended; until then nothing could be expected to be stored."""
+        self.heard_s = time.monotonic()
+        """Monotonic time at which the database last said anything, be it a refusal."""
         self.retries = 0
 
     # -- start and stop
@@ -210,6 +210,8 @@ class Sink:
         self._troubles[threading.get_ident()] = failure
         if failure.verdict is Verdict.RECONNECT:
             self.reachable = False
+        else:
+            self.heard_s = time.monotonic()
         if not self._complaint.is_news(failure.sentence):
             return
         level = log.error if failure.verdict in PAUSING else log.warning
@@ -217,7 +219,7 @@ class Sink:
 
     def _answered(self) -> None:
         was_away, self.reachable = not self.reachable, True
-        self.last_answer_s = time.monotonic()
+        self.answered_s = self.heard_s = time.monotonic()
         if was_away:
             self._rouse()
 
@@ -228,8 +230,6 @@ class Sink:
     def _recovered(self) -> None:
         """This thread's trouble is over; that of another may go on."""
         had_trouble = self._troubles.pop(threading.get_ident(), None)
-        if had_trouble:
-            self.trouble_ended_s = time.monotonic()
         if had_trouble and not self._troubles and self._complaint.clear():
             log.info("the database stores again")
 
