@@ -121,6 +121,7 @@ class Sink:
 
         Wakes those who wait for the database. `Fenced` when another process has taken over.
         """
+        connection: BridgeConnection | None = None
         try:
             with self._connections.connection(limit_s=PROBE_LIMIT_S) as connection:
                 if self._owner_epoch:
@@ -130,7 +131,7 @@ class Sink:
         except Fenced:
             raise
         except (psycopg2.Error, BridgeError) as error:
-            self._note(classify(error, connected=False))
+            self._note(classify(error, connected=connection is not None and not connection.closed))
             return False
         self._answered()
         self._recovered()
@@ -210,7 +211,7 @@ class Sink:
         self._troubles[threading.get_ident()] = failure
         if failure.verdict is Verdict.RECONNECT:
             self.reachable = False
-        else:
+        elif failure.sqlstate:
             self.heard_s = time.monotonic()
         if not self._complaint.is_news(failure.sentence):
             return
