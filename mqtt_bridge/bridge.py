@@ -26,6 +26,7 @@ from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.connections import Connections
 from mqtt_bridge.errors import BridgeError, Fenced
 from mqtt_bridge.health import Health
+from mqtt_bridge.last_resort import LastResort
 from mqtt_bridge.ledger import Ledger
 from mqtt_bridge.metrics import Exposition
 from mqtt_bridge.pipeline import Limits, Pipeline
@@ -60,8 +61,8 @@ def make_router(settings: Settings) -> Router:
 class Bridge:
     """One bridge: one client id, one subscriber, one pipeline, one sink."""
 
-    def __init__(self, settings: Settings, *, exit_now: Callable[[int], object] = lambda code: None) -> None:
-        """`exit_now` ends the process where a thread that hangs keeps `run` from coming to its end."""
+    def __init__(self, settings: Settings, *, last_resort: LastResort | None = None) -> None:
+        """`last_resort` ends the process where a thread that hangs keeps `run` from coming to its end."""
         self._settings = settings
         self._router = make_router(settings)
         self._connections = Connections(settings.dsn, size=settings.db_pool_size)
@@ -107,7 +108,7 @@ class Bridge:
         self._began_receiving = False
         self._noted_subscriptions: frozenset[str] = frozenset()
         self._tended = 0  # what the tender has done so far: how many times, to be seen to get on
-        self._watchdog = self._make_watchdog(exit_now)
+        self._watchdog = self._make_watchdog(last_resort or LastResort())
         self._health = Health(
             settings,
             pipeline=self._pipeline,
@@ -136,7 +137,7 @@ class Bridge:
             metrics=Exposition(self._health.observe).render,
         )
 
-    def _make_watchdog(self, exit_now: Callable[[int], object]) -> Watchdog:
+    def _make_watchdog(self, last_resort: LastResort) -> Watchdog:
         settings = self._settings
         signs = signs_of_life(
             subscriber=self._subscriber,
@@ -157,7 +158,7 @@ class Bridge:
             leave_within_s=settings.bridge_shutdown_s,
             stopped=self._stopped,
             fail=lambda reason: self._fail(BridgeError(reason)),
-            exit_now=exit_now,
+            last_resort=last_resort,
         )
 
     def status(self) -> dict[str, Any]:

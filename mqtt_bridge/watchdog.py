@@ -28,6 +28,7 @@ import structlog
 
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.connections import Connections
+from mqtt_bridge.last_resort import LastResort
 from mqtt_bridge.pipeline import Pipeline
 from mqtt_bridge.sink import SILENCE_S, Sink
 from mqtt_bridge.subscriber import Subscriber
@@ -91,13 +92,13 @@ class Watchdog:
         leave_within_s: float,
         stopped: threading.Event,
         fail: Callable[[str], object],
-        exit_now: Callable[[int], object],
+        last_resort: LastResort,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`watching`: whether all parts should get on by now; `leaving`: whether the bridge is about to end.
 
-        `fail` ends the bridge in what order is possible. `exit_now` ends the process where that takes longer than
-        `leave_within_s` and a margin.
+        `fail` ends the bridge in what order is possible. Where that takes longer than `leave_within_s` and a margin,
+        `last_resort` ends the process.
         """
         self._signs = signs
         self._sink = sink
@@ -108,7 +109,7 @@ class Watchdog:
         self._leave_within_s = leave_within_s + LEAVE_MARGIN_S
         self._stopped = stopped
         self._fail = fail
-        self._exit_now = exit_now
+        self._last_resort = last_resort
         self._clock = clock
         self._looked_s = clock()
         self._leaving_s = 0.0
@@ -120,6 +121,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Start the thread; once."""
+        self._last_resort.postpone()  # here already: the thread may never get its first turn
         self._thread.start()
 
     @property
@@ -129,10 +131,12 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stopped.wait(EVERY_S):
+            self._last_resort.postpone()
             try:
                 self.look()
             except Exception:  # who watches the others must go on
                 log.exception("the watchdog stumbled: it goes on in a second")
+        self._last_resort.stand_down()
 
     def look(self) -> None:
         """One look at everything."""
@@ -189,7 +193,7 @@ class Watchdog:
         if self._leaving_s > self._leave_within_s:
             self._leaving_s = -math.inf  # once
             log.critical("the bridge does not come to its end: it is ended without", stack=stacks())
-            self._exit_now(1)
+            self._last_resort.end(1)
 
     # -- a silent database
 

@@ -6,6 +6,7 @@ switch. The watchdog's patience is made short, so that a test need not wait for 
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from typing import NoReturn
 from mqtt_bridge import subscriber, watchdog
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.cli import main
+from mqtt_bridge.last_resort import OwnProcess
 from mqtt_bridge.ledger import Entry
 from mqtt_bridge.model import Message, Publish, Tally, Translation
 from mqtt_bridge.pipeline import Pipeline, _Work
@@ -58,9 +60,19 @@ def _loop_for_ever() -> NoReturn:
         pass
 
 
+def _backtrack_for_ever() -> NoReturn:
+    re.match("(a+)+$", "a" * 64 + "b")
+    raise AssertionError("it came to an end")
+
+
 def the_decoder_loops() -> None:
     """One worker never comes back from a message, and burns its processor."""
     _translate_or(_loop_for_ever)
+
+
+def the_interpreter_is_held() -> None:
+    """Code in C runs for ever and lets no other thread have a turn, not even the watchdog."""
+    _translate_or(_backtrack_for_ever)
 
 
 def the_worker_dies() -> None:
@@ -135,6 +147,7 @@ def the_queue_is_forgotten() -> None:
 
 ILLNESSES = [
     the_decoder_loops,
+    the_interpreter_is_held,
     the_worker_dies,
     the_network_thread_hangs,
     the_network_thread_dies,
@@ -147,5 +160,6 @@ ILLNESSES = [
 if __name__ == "__main__":
     for name, seconds in PATIENCE.items():
         setattr(watchdog, name, seconds)
+    OwnProcess.__init__.__defaults__ = (5.0,)
     {illness.__name__: illness for illness in ILLNESSES}[sys.argv.pop(1)]()
     main()

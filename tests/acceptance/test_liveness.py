@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -119,6 +120,17 @@ def test_a_thread_that_dies_ends_the_program_at_once(ill, illness, sign, broker,
 
     assert program.wait() == 1
     assert sign in program.log
+    heal(program)
+    assert wait_until_stored(database, published, program).exact
+
+
+def test_a_decoder_that_holds_the_interpreter_ends_the_program_with_its_stack(ill, broker, database, site):
+    program = ill(ill_bridge.the_interpreter_is_held)
+
+    published = publish(broker, site)
+
+    assert program.wait() == -signal.SIGPROF
+    assert "_backtrack_for_ever" in program.log
     heal(program)
     assert wait_until_stored(database, published, program).exact
 

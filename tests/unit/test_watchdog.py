@@ -96,6 +96,8 @@ class House:
         self.dead = []
         self.failures = []
         self.exits = []
+        self.postponed = 0
+        self.stood_down = False
         signs = signs_of_life(
             subscriber=self.subscriber,
             pipeline=self.pipeline,
@@ -118,9 +120,18 @@ class House:
             leave_within_s=SHUTDOWN_S,
             stopped=self.stopped,
             fail=self.fail,
-            exit_now=self.exits.append,
+            last_resort=self,
             clock=lambda: self.now_s,
         )
+
+    def postpone(self):
+        self.postponed += 1
+
+    def stand_down(self):
+        self.stood_down = True
+
+    def end(self, code):
+        self.exits.append(code)
 
     def fail(self, reason):
         self.failures.append(reason)
@@ -482,6 +493,8 @@ def test_a_watchdog_that_stumbles_goes_on(house, monkeypatch):
         wait_until(lambda: not house.watchdog.alive, what="the watchdog to end")
 
     assert len(looks) == len(logs) == 3
+    assert house.postponed == 4, "at the start, since its thread may never get a turn, and with every look"
+    assert house.stood_down
 
 
 # -- a database that is silent
