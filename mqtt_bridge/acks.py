@@ -81,6 +81,14 @@ class AckTracker:
             self._sent += 1
 
     @property
+    def head(self) -> int | None:
+        """Position of the oldest unacknowledged delivery of this connection: what all later ones wait for."""
+        try:
+            return self._order[0][0]
+        except IndexError:
+            return None
+
+    @property
     def unacknowledged(self) -> int:
         """Deliveries of this connection whose PUBACK has not been sent."""
         return len(self._order)

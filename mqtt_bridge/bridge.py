@@ -9,8 +9,7 @@ there is one), have every PUBACK proven, disconnect. What cannot be done within 
 was not acknowledged, and the broker keeps it.
 
 Threads: `run` belongs to the main thread. `mqtt-bridge-tender` does what needs the database beside the batches: probes,
-partitions, pruning. `mqtt-bridge-watchdog` needs nothing but the clock: it sees to it that the others live, and cuts
-connections to a database that is silent. `request_stop` may be called by a signal handler.
+partitions, pruning. `request_stop` may be called by a signal handler.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from mqtt_bridge.connections import Connections
 from mqtt_bridge.diversion import Diversion
 from mqtt_bridge.drainer import Drainer
 from mqtt_bridge.errors import BridgeError, Fenced, Problem, SettingsError, SpoolElsewhere
-from mqtt_bridge.health import Health, stacks
+from mqtt_bridge.health import Health
+from mqtt_bridge.last_resort import LastResort
 from mqtt_bridge.ledger import Ledger
 from mqtt_bridge.metrics import Exposition
 from mqtt_bridge.ownership import SpoolAtHand
@@ -43,6 +43,7 @@ from mqtt_bridge.settings import Settings
 from mqtt_bridge.sink import Sink, Stopped
 from mqtt_bridge.spool import FILE_NAME, NoSpool, Spool, SpoolError, SpoolInUse
 from mqtt_bridge.subscriber import Subscriber
+from mqtt_bridge.watchdog import Watchdog, signs_of_life, stacks
 from mqtt_bridge.web import Web
 
 log = structlog.get_logger(__name__)
@@ -78,8 +79,11 @@ def make_spool(settings: Settings) -> Spool | NoSpool:
 class Bridge:
     """One bridge: one client id, one subscriber, one pipeline, one sink."""
 
-    def __init__(self, settings: Settings, *, abandoned_spool: str | None = None) -> None:
-        """`abandoned_spool`: the id of a spool that is given up, with what may wait in it."""
+    def __init__(
+        self, settings: Settings, *, abandoned_spool: str | None = None, last_resort: LastResort | None = None
+    ) -> None:
+        """`abandoned_spool`: the id of a spool that is given up, with what may wait in it. `last_resort` ends the
+        process where a thread that hangs keeps `run` from coming to its end."""
         self._settings = settings
         self._abandoned_spool = abandoned_spool
         self._router = make_router(settings)
@@ -131,7 +135,6 @@ class Bridge:
         self._tender_wakes = threading.Event()
         self._cut_off = threading.Event()  # the broker has ended a connection: is the client id still ours?
         self._tender = threading.Thread(target=self._tend, name="mqtt-bridge-tender", daemon=True)
-        self._watchdog = threading.Thread(target=self._watch, name="mqtt-bridge-watchdog", daemon=True)
         self._tidy = threading.Event()  # set to have the tender do its last round ...
         self._tidied = threading.Event()  # ... and set by it when that is done
         self._stopping = threading.Event()
@@ -139,6 +142,8 @@ class Bridge:
         self._failure: BaseException | None = None
         self._began_receiving = False
         self._noted_subscriptions: frozenset[str] = frozenset()
+        self._tended = 0  # what the tender has done so far: how many times, to be seen to get on
+        self._watchdog = self._make_watchdog(last_resort or LastResort())
         self._health = Health(
             settings,
             pipeline=self._pipeline,
@@ -153,8 +158,9 @@ class Bridge:
                 "a worker thread is dead": lambda: self._pipeline.alive,
                 "the drainer thread is dead": lambda: self._drainer.alive,
                 "the tender thread is dead": self._tender.is_alive,
-                "the watchdog thread is dead": self._watchdog.is_alive,
+                "the watchdog thread is dead": lambda: self._watchdog.alive,
             },
+            stuck=lambda: self._watchdog.reasons,
             receiving=lambda: self._began_receiving,
             stopping=self._stopping.is_set,
         )
@@ -166,6 +172,35 @@ class Bridge:
             healthy=self._health.unhealthy_reasons,
             ready=self._health.unready_reasons,
             metrics=Exposition(self._health.observe).render,
+        )
+
+    def _make_watchdog(self, last_resort: LastResort) -> Watchdog:
+        settings = self._settings
+        signs = signs_of_life(
+            subscriber=self._subscriber,
+            pipeline=self._pipeline,
+            acks=self._acks,
+            sink=self._sink,
+            steps=lambda worker: (self._connections.steps(worker), self._diversion.turns(worker)),
+            drainer=lambda: (
+                (self._drainer.turns, self._connections.steps(self._drainer.ident or 0))
+                if self._spool.messages
+                else None
+            ),
+            tender=lambda: (self._tended, self._connections.steps(self._tender.ident or 0)),
+            statement_timeout_s=settings.db_statement_timeout_s,
+        )
+        return Watchdog(
+            signs,
+            sink=self._sink,
+            connections=self._connections,
+            dead_threads=lambda: self._health.dead_threads(),
+            watching=lambda: self._began_receiving,
+            leaving=self._stopping.is_set,
+            leave_within_s=settings.bridge_shutdown_s,
+            stopped=self._stopped,
+            fail=lambda reason: self._fail(BridgeError(reason)),
+            last_resort=last_resort,
         )
 
     def status(self) -> dict[str, Any]:
@@ -240,15 +275,6 @@ class Bridge:
             session_epoch=max((entry.session_epoch for entry in entries), default=1),
         )
 
-    def _watch(self) -> None:
-        """The watchdog's life, until the very end: also a shutdown must not hang on a silent database."""
-        while not self._stopped.wait(1.0):
-            if self._connections.cut_silent():
-                log.warning("a database connection was cut: the server is there but does not answer", stack=stacks())
-            for reason in self._health.dead_threads():
-                log.critical("the bridge cannot go on", reason=reason, stack=stacks())
-                self._fail(BridgeError(reason))
-
     def request_stop(self) -> None:
         """Begin to shut down. Safe in a signal handler: it only sets events."""
         self._stopping.set()
@@ -289,7 +315,7 @@ class Bridge:
         self._subscriber.stop(left_s())
         workers_ended = self._pipeline.stop(max(1.0, left_s()))
         if not workers_ended:
-            log.warning("a worker hangs in the database; its batch is left to the broker", stack=stacks())
+            log.warning("a worker hangs; its batch is left to the broker", stack=stacks())
         if self._drainer.stop(max(1.0, left_s())) and workers_ended:
             self._leave_the_spool()
         self._account_for_the_rest()
@@ -342,6 +368,7 @@ class Bridge:
         while not self._stopped.is_set():
             self._tender_wakes.wait(1.0)
             self._tender_wakes.clear()
+            self._tended += 1
             for pause_s, action in every:
                 if time.monotonic() >= due_s[action]:
                     due_s[action] = time.monotonic() + pause_s
@@ -359,6 +386,7 @@ class Bridge:
         self._tender_wakes.set()
 
     def _tend_to(self, action: Callable[[], object]) -> None:
+        self._tended += 1
         try:
             action()
         except Fenced as error:

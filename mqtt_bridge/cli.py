@@ -24,6 +24,7 @@ from mqtt_bridge.bridge import EXIT_FAILED, EXIT_OK, EXIT_SETTINGS, Bridge, make
 from mqtt_bridge.broker_connection import prepare_client
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, SettingsError, classify
+from mqtt_bridge.last_resort import OwnProcess
 from mqtt_bridge.settings import Settings, load, unknown_names
 from mqtt_bridge.tools.dead_letter_commands import dead_letters
 
@@ -97,7 +98,7 @@ def run(abandon_spool: str | None) -> None:
     settings = _settings()
     for problem in unknown_names():
         click.echo(f"mqtt-bridge: warning: {problem}", err=True)
-    bridge = Bridge(settings, abandoned_spool=abandon_spool)
+    bridge = Bridge(settings, abandoned_spool=abandon_spool, last_resort=OwnProcess())
     with _stopping(bridge.request_stop):
         code = bridge.run()
     raise click.exceptions.Exit(code)

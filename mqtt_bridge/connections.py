@@ -11,10 +11,12 @@ Connections are in autocommit mode: whoever borrows one says BEGIN and COMMIT. A
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -42,6 +44,8 @@ class BridgeConnection(extensions.connection):
         self.cursor_factory = _NotingCursor
         self.statement_s = time.monotonic()
         """Monotonic time at which the last statement was sent."""
+        self.steps: Counter[int] = Counter()
+        """Shared by the connections of a pool: see `Connections.steps`."""
 
 
 class _NotingCursor(extensions.cursor):
@@ -56,7 +60,9 @@ class _NotingCursor(extensions.cursor):
         super().copy_expert(*args, **kwargs)
 
     def _note(self) -> None:
-        cast(BridgeConnection, self.connection).statement_s = time.monotonic()
+        connection = cast(BridgeConnection, self.connection)
+        connection.statement_s = time.monotonic()
+        connection.steps[threading.get_ident()] += 1
 
 
 class Connections:
@@ -71,8 +77,11 @@ class Connections:
         self._lock = threading.Lock()
         # Guarded by the lock:
         self._pool: pool.ThreadedConnectionPool | None = None
-        self._lent: dict[BridgeConnection, float] = {}  # and how long a statement on it may take
         self._closed = False
+        # Apart, since the other lock is held while a pool connects, and whoever cuts silent connections must not wait:
+        self._lent_lock = threading.Lock()
+        self._lent: dict[BridgeConnection, float] = {}  # and how long a statement on it may take
+        self._steps: Counter[int] = Counter()  # by thread; each writes its own
 
     @property
     def size(self) -> int:
@@ -84,6 +93,10 @@ class Connections:
         """How many connections are lent out now."""
         return len(self._lent)
 
+    def steps(self, thread: int) -> int:
+        """How often a thread has asked for a connection or sent a statement: does it get on?"""
+        return self._steps[thread]
+
     @contextmanager
     def connection(self, *, limit_s: float = 60.0) -> Iterator[BridgeConnection]:
         """Borrow a connection. One that comes back broken, or in a transaction, is closed and replaced.
@@ -91,6 +104,7 @@ class Connections:
         A statement that takes longer than `limit_s` is taken for one that is never answered, see `cut_silent`.
         Raises psycopg2.Error when no connection can be made, SinkError when none is free for too long.
         """
+        self._steps[threading.get_ident()] += 1
         if not self._free.acquire(timeout=self._wait_s):
             raise SinkError(f"no database connection was free for {self._wait_s:g} s; raise DB_POOL_SIZE")
         try:
@@ -116,30 +130,36 @@ class Connections:
 
     def _take(self, owner: pool.ThreadedConnectionPool, limit_s: float) -> BridgeConnection:
         connection = cast(BridgeConnection, owner.getconn())  # by the pool's connection_factory
+        connection.steps = self._steps
         connection.statement_s = time.monotonic()
-        with self._lock:
+        with self._lent_lock:
             self._lent[connection] = limit_s
         return connection
 
     def _give_back(self, owner: pool.ThreadedConnectionPool, connection: BridgeConnection) -> None:
         _leave_transaction(connection)
         broken = connection.closed != 0
-        with self._lock:
+        with self._lent_lock:
             del self._lent[connection]
+        with self._lock:
             if broken and self._pool is owner:
                 self._pool = None  # the others died with it; those lent out are closed as they come back
             retired = self._pool is not owner
         owner.putconn(connection, close=broken or retired)
 
-    def cut_silent(self) -> int:
+    def cut_silent(self, *, at_most_s: float = math.inf) -> int:
         """Shut the sockets of lent connections whose statement is overdue; returns how many.
+
+        Overdue is what has waited for longer than was said when the connection was borrowed, or than `at_most_s`.
 
         A peer that is reachable but silent (a hung proxy, a stopped server) would block its borrower for ever. Cut
         off, the borrower fails at once, and finds out by the ledger what became of its batch.
         """
         now = time.monotonic()
-        with self._lock:
-            silent = [lent for lent, limit_s in self._lent.items() if now - lent.statement_s > limit_s]
+        with self._lent_lock:
+            # Decided under the lock: a connection that is cut is still the one that was lent.
+            waits = [(lent, now - lent.statement_s, limit_s) for lent, limit_s in self._lent.items()]
+            silent = [lent for lent, waited_s, limit_s in waits if waited_s > min(limit_s, at_most_s)]
             return sum(map(_shut, silent))
 
     def close(self) -> None:

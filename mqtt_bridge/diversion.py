@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -61,6 +62,7 @@ class Diversion:
         self._crowded = crowded
         self._changed = threading.Condition()
         self._stopped = False  # guarded by the condition's lock
+        self._turns: Counter[int] = Counter()  # by thread, each writes its own
         self._hurried = False
         self._is_outage = False  # as far as it has been told; a race between two workers tells it twice, at worst
 
@@ -72,6 +74,7 @@ class Diversion:
         Raises `Stopped` and `Fenced` as the sink does, and SpoolError when nobody can tell whether it is on the disk.
         """
         while True:
+            self._turns[threading.get_ident()] += 1
             diverts = self.diverts
             if diverts and self._append(batch):
                 return None
@@ -83,6 +86,10 @@ class Diversion:
                 return self._store.store(batch, patience_s=patience_s)
             except Impatient:
                 continue
+
+    def turns(self, thread: int) -> int:
+        """How often a thread has tried to find a place for a batch: does it get on?"""
+        return self._turns[thread]
 
     @property
     def diverts(self) -> bool:

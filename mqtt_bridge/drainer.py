@@ -62,6 +62,8 @@ class Drainer:
         self._on_fatal = on_fatal
         self._complaint = Complaint()
         self._stop = threading.Event()
+        self.turns = 0
+        """Grows with every batch, and with every try at a disk that fails: does it get on?"""
         self._thread = threading.Thread(target=self._run, name="mqtt-bridge-drainer", daemon=True)
 
     def start(self) -> None:
@@ -75,6 +77,11 @@ class Drainer:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    @property
+    def ident(self) -> int | None:
+        """The thread's number; None when it was never started."""
+        return self._thread.ident
 
     @property
     def alive(self) -> bool:
@@ -107,6 +114,7 @@ class Drainer:
     def _from_disk(self, action: Callable[[], T]) -> T:
         """Run `action` until the disk lets it: the batch in hand is committed already, or untouched."""
         while True:
+            self.turns += 1
             try:
                 return action()
             except SpoolError as error:

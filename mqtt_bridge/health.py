@@ -8,11 +8,8 @@ Nothing here changes anything. Any thread may ask: what the parts are asked for,
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mqtt_bridge import __version__
@@ -24,15 +21,9 @@ from mqtt_bridge.metrics import Observation
 from mqtt_bridge.pipeline import Pipeline
 from mqtt_bridge.rates import Rates
 from mqtt_bridge.settings import Settings
-from mqtt_bridge.sink import Sink
+from mqtt_bridge.sink import SILENCE_S, Sink
 from mqtt_bridge.spool import NoSpool, Spool
 from mqtt_bridge.subscriber import Subscriber
-
-STALLED_S = 60.0
-"""A message that waits longer than this although the database answers means that the bridge itself is stuck."""
-ANSWERED_WITHIN_S = 10.0
-SILENT_S = 15.0
-"""After this time without an answer, three probes, the database counts as silent."""
 
 
 class Health:
@@ -50,10 +41,14 @@ class Health:
         rates: Rates,
         spool: Spool | NoSpool,
         threads: Mapping[str, Callable[[], bool]],
+        stuck: Callable[[], Sequence[str]],
         receiving: Callable[[], bool],
         stopping: Callable[[], bool],
     ) -> None:
-        """`threads`: whether each lives, as all should from `receiving` to `stopping`, by the reason if it does not."""
+        """`threads`: whether each lives, as all should from `receiving` to `stopping`, by the reason if it does not.
+
+        `stuck`: what the watchdog has found.
+        """
         self._settings = settings
         self._pipeline = pipeline
         self._sink = sink
@@ -63,6 +58,7 @@ class Health:
         self._rates = rates
         self._spool = spool
         self._threads = threads
+        self._stuck = stuck
         self._receiving = receiving
         self._stopping = stopping
         self._began_s = time.monotonic()
@@ -132,7 +128,7 @@ class Health:
             reasons.append(str(trouble))
         elif not self._sink.reachable:
             reasons.append("the database has not answered yet")
-        elif time.monotonic() - (self._sink.last_answer_s or 0.0) > SILENT_S:
+        elif time.monotonic() - (self._sink.answered_s or 0.0) > SILENCE_S:
             reasons.append("the database is silent: it neither answers nor refuses")
         if self._spool.full:
             reasons.append("the spool is full: messages are held, see BRIDGE_SPOOL_MAX_MB and its disk")
@@ -143,15 +139,11 @@ class Health:
         return reasons
 
     def unhealthy_reasons(self) -> list[str]:
-        """Why this process should be restarted; empty through every outage of others."""
-        reasons = self.dead_threads()
-        # What an outage has held back is not to blame on the bridge until it has had the time to store it.
-        age_s = min(_age_s(self._pipeline.balance().oldest_us), time.monotonic() - self._sink.trouble_ended_s)
-        answered_s = self._sink.last_answer_s
-        answers = answered_s is not None and time.monotonic() - answered_s < ANSWERED_WITHIN_S
-        if age_s > STALLED_S and answers and self._sink.trouble is None:
-            reasons.append(f"the oldest message has waited for {age_s:.0f} s although the database answers")
-        return reasons
+        """Why this process should be restarted; empty through every outage of others.
+
+        Takes no lock: it answers also where a thread hangs with one.
+        """
+        return [*self.dead_threads(), *self._stuck()]
 
     def dead_threads(self) -> list[str]:
         """Of the threads that should live now, those that do not, each as a reason."""
@@ -162,12 +154,3 @@ class Health:
 
 def _age_s(since_us: int | None) -> float:
     return 0.0 if since_us is None else max(0.0, round(time.time() - since_us / 1e6, 3))
-
-
-def stacks() -> str:
-    """The stacks of all threads, to be read by whoever asks why one of them hangs."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(
-        f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
-    )

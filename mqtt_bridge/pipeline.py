@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -103,6 +103,7 @@ class Pipeline:
         self._settled = threading.Condition(self._lock)
         self._queue: deque[Message] = deque()
         self._in_hand: dict[int, list[Message]] = {}  # by worker thread; settled messages leave at the front
+        self._taken: Counter[int] = Counter()  # batches by worker thread
         self._held = 0  # messages in the queue and in hand, and what they cost
         self._held_bytes = 0
         self._owed = 0  # those of them that are QoS 1
@@ -274,6 +275,7 @@ class Pipeline:
             if self._queue:
                 self._arrived.notify()  # more than one batch was waiting
             self._in_hand[threading.get_ident()] = list(messages)
+            self._taken[threading.get_ident()] += 1
             return messages
 
     def _linger(self) -> None:
@@ -379,6 +381,36 @@ class Pipeline:
         """The database knows this session epoch now."""
         with self._lock:
             self._ledger.session_raised(session_epoch)
+
+    # -- what the watchdog asks: a worker that hangs may hold the lock
+
+    def batches_in_hand(self) -> dict[int, object]:
+        """By worker thread that has a batch in hand: something that changes as it gets on with it."""
+        return {
+            worker: (self._taken[worker], len(messages))
+            for worker, messages in self._in_hand.copy().items()
+            if messages
+        }
+
+    @property
+    def taken(self) -> int:
+        """How many batches were taken so far."""
+        return sum(self._taken.copy().values())
+
+    @property
+    def waits_for_a_free_worker(self) -> bool:
+        """Whether there is something in the queue, and a worker that has nothing in hand: for a moment only."""
+        return bool(self._queue) and len(self.batches_in_hand()) < self._limits.workers
+
+    def holds(self, position: int, timeout_s: float = 0.5) -> bool:
+        """Whether a delivery is queued or in hand; also True where the lock cannot be had, so that nobody can tell."""
+        if not self._lock.acquire(timeout=timeout_s):
+            return True
+        try:
+            held = (*self._in_hand.values(), self._queue)
+            return any(message.position == position and message.qos for messages in held for message in messages)
+        finally:
+            self._lock.release()
 
     def balance(self) -> Balance:
         """The account of messages at this moment."""

@@ -95,10 +95,10 @@ class Sink:
         self._troubles: dict[int, Failure] = {}  # by thread: what keeps it from storing; each writes its own
         self.reachable = False
         """Whether the database answered when it was last asked."""
-        self.last_answer_s: float | None = None
+        self.answered_s: float | None = None
         """Monotonic time of the last transaction or probe that succeeded."""
-        self.trouble_ended_s = time.monotonic()
-        """Monotonic time at which a trouble last ended; until then nothing could be expected to be stored."""
+        self.heard_s = time.monotonic()
+        """Monotonic time at which the database last said anything, be it a refusal."""
         self.retries = 0
 
     # -- start and stop
@@ -152,6 +152,7 @@ class Sink:
 
         Wakes those who wait for the database. `Fenced` when another process has taken over.
         """
+        connection: BridgeConnection | None = None
         try:
             with self._connections.connection(limit_s=PROBE_LIMIT_S) as connection:
                 if self._owner_epoch:
@@ -161,7 +162,7 @@ class Sink:
         except Fenced:
             raise
         except (psycopg2.Error, BridgeError) as error:
-            self._note(classify(error, connected=False))
+            self._note(classify(error, connected=connection is not None and not connection.closed))
             return False
         self._answered()
         self._recovered()
@@ -256,6 +257,8 @@ class Sink:
             self._failing_since_s = time.monotonic()
         if failure.verdict is Verdict.RECONNECT:
             self.reachable = False
+        elif failure.sqlstate:
+            self.heard_s = time.monotonic()
         if not self._complaint.is_news(failure.sentence):
             return
         level = log.error if failure.verdict in PAUSING else log.warning
@@ -263,7 +266,7 @@ class Sink:
 
     def _answered(self) -> None:
         was_away, self.reachable = not self.reachable, True
-        self.last_answer_s = time.monotonic()
+        self.answered_s = self.heard_s = time.monotonic()
         if was_away:
             self._rouse()
 
@@ -276,8 +279,6 @@ class Sink:
         had_trouble = self._troubles.pop(threading.get_ident(), None)
         if not any(failure.verdict in FAILING for failure in list(self._troubles.values())):
             self._failing_since_s = None
-        if had_trouble:
-            self.trouble_ended_s = time.monotonic()
         if had_trouble and not self._troubles and self._complaint.clear():
             log.info("the database stores again")
 

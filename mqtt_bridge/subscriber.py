@@ -91,6 +91,7 @@ class Subscriber:
         self._leaving = threading.Event()
         self._closed_in = threading.Event()  # nothing of QoS 1 is taken in any more
         self._gone = threading.Event()  # the connection was left in good order
+        self._renew = threading.Event()  # the connection shall be ended, for the broker to deliver again
         # Written by the network thread alone, read by others:
         self._connection: BrokerConnection | None = None
         self._problem: str | None = "not connected yet"
@@ -98,6 +99,10 @@ class Subscriber:
         self.subscriptions: frozenset[str] = frozenset()
         """Filters that the session at the broker is known to have; set from the database before `start`."""
         self._confirmed = False
+        self.turns = 0
+        """Rounds of the network thread's loop: they go on as long as it does."""
+        self.connecting = False
+        """Whether it is about to connect: a round that may take as long as name servers and handshakes do."""
 
     # -- for other threads
 
@@ -135,6 +140,10 @@ class Subscriber:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(max(0.5, timeout_s))
 
+    def reconnect(self) -> None:
+        """End the connection: what is unacknowledged is delivered again on the next one, and matched anew."""
+        self._renew.set()
+
     @property
     def alive(self) -> bool:
         """Whether the network thread runs, as it should from `start` to `stop`."""
@@ -158,6 +167,7 @@ class Subscriber:
         delay_s = FIRST_DELAY_S
         while not self._stop.is_set() and not self._leaving.is_set():
             began_s = time.monotonic()
+            self.turns += 1
             try:
                 self._connect_and_receive()
             except Exception:  # the thread must survive: a connection ends, the next one begins
@@ -174,6 +184,15 @@ class Subscriber:
 
     def _connect_and_receive(self) -> None:
         """One connection, from the first try to its end."""
+        self.connecting = True
+        try:
+            connection = self._open()
+        finally:
+            self.connecting = False
+        if connection is not None:
+            self._live(connection)
+
+    def _open(self) -> BrokerConnection | None:
         try:
             connection = BrokerConnection(
                 self._settings,
@@ -185,7 +204,7 @@ class Subscriber:
             )
         except SettingsError as error:  # a secret or a TLS file has become unreadable
             self._complain(str(error))
-            return
+            return None
         try:
             connection.open()
         except (OSError, UnicodeError) as error:
@@ -193,7 +212,11 @@ class Subscriber:
             self._short_lived = 0  # the broker itself was away: nobody has taken anything over
             reason = explain_unreachable(error, host=self._settings.mqtt_host, port=self._settings.mqtt_port)
             self._complain(reason)
-            return
+            return None
+        return connection
+
+    def _live(self, connection: BrokerConnection) -> None:
+        self._renew.clear()
         self._connection = connection
         try:
             on_purpose = self._receive(connection)
@@ -256,9 +279,13 @@ class Subscriber:
                 # Its answer to the barrier is queued behind a backlog larger than it was allowed to send.
                 log.info("reconnecting, to have the broker account for its backlog", unproven=self._acks.unproven)
                 return True
+            if self._renew.is_set():
+                log.info("reconnecting, to have the broker deliver again what is unacknowledged")
+                return True
         return False
 
     def _step(self, connection: BrokerConnection) -> bool:
+        self.turns += 1
         if self._leaving.is_set():
             connection.stop_taking_in()
             self._closed_in.set()
@@ -302,6 +329,7 @@ class Subscriber:
         """
         deadline_s = time.monotonic() + self._settings.mqtt_keepalive_s / 2
         while not self._inbox.wait_for_room(0.05):
+            self.turns += 1
             if self._stop.is_set() or not connection.step_without_reading():
                 return not self._stop.is_set()
             if time.monotonic() > deadline_s:
@@ -314,4 +342,4 @@ class Subscriber:
         self._complain(connection.problem or "")
         connection.close()
         while not self._stop.is_set() and not self._leaving.is_set() and not self._inbox.wait_for_room(1.0):
-            pass
+            self.turns += 1

@@ -68,6 +68,8 @@ class Program:
         self._log_path.touch()
         self._began_at = 0  # where the output of the present run begins
         self._process: subprocess.Popen[bytes] | None = None
+        self.command = command_line("run")
+        """What `start` runs."""
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +85,7 @@ class Program:
         self._began_at = self._log_path.stat().st_size
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                command_line("run", *options),
+                [*self.command, *options],
                 cwd=self._directory,
                 env=environment(**self.settings),
                 stdin=subprocess.DEVNULL,

@@ -279,6 +279,66 @@ def test_a_borrower_whose_server_falls_silent_can_be_cut_loose(pool_of, database
         pool.close()
 
 
+def test_who_waits_for_longer_than_anybody_may_is_cut_loose_before_his_own_time(pool_of, database):
+    pool = pool_of(database)
+
+    with pool.connection(limit_s=60) as connection:
+        assert pool.cut_silent(at_most_s=60) == 0
+        assert pool.cut_silent(at_most_s=0.0) == 1
+        with pytest.raises(psycopg2.OperationalError):
+            ask(connection, "SELECT 1")
+
+
+def test_silent_connections_can_be_cut_while_somebody_else_waits_for_a_new_pool(pool_of, database):
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow_dsn():
+        if asked.is_set():
+            go_on.wait(10)
+        return database
+
+    pool = pool_of(slow_dsn, size=2)
+    with suppress(psycopg2.Error), pool.connection() as broken:
+        with suppress(psycopg2.Error), pool.connection() as other:
+            other.close()  # the pool is retired: the next one is made under the lock
+        asked.set()
+        connecting = threading.Thread(target=use, args=(pool,))
+        connecting.start()
+        wait_until(pool._lock.locked, what="somebody to connect")
+
+        assert pool.cut_silent(at_most_s=0.0) == 1
+        with pytest.raises(psycopg2.OperationalError):
+            ask(broken, "SELECT 1")
+        go_on.set()
+    connecting.join(10)
+    assert use(pool)
+
+
+def test_a_thread_that_asks_for_connections_and_sends_statements_is_seen_to_get_on(pool_of, database):
+    pool, me = pool_of(database), threading.get_ident()
+    seen = [pool.steps(me)]
+
+    with pool.connection() as connection:
+        seen.append(pool.steps(me))
+        ask(connection, "SELECT 1")
+        seen.append(pool.steps(me))
+        ask(connection, "SELECT 1")
+        seen.append(pool.steps(me))
+
+    assert seen == sorted(set(seen))
+    assert pool.steps(me + 1) == 0
+
+
+def test_a_thread_that_cannot_connect_is_seen_to_try(pool_of, observer):
+    pool, me = pool_of("host=127.0.0.1 port=1 dbname=nowhere"), threading.get_ident()
+    before = pool.steps(me)
+
+    with pytest.raises(psycopg2.OperationalError):
+        use(pool)
+
+    assert pool.steps(me) > before
+
+
 def test_nobody_is_cut_loose_while_statements_are_answered(pool_of, database):
     pool = pool_of(database)
 

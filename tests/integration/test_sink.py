@@ -499,6 +499,26 @@ def test_a_server_that_had_become_read_only_is_asked_anew_by_new_connections(hou
 # -- locks and limits
 
 
+def test_a_database_is_heard_of_by_its_refusals_and_not_by_its_absence(house_of, own_postgres):
+    postgres = own_postgres()
+    house = house_of(postgres.create_database("heard"))
+
+    before = house.sink.heard_s
+    house.sql("ALTER TABLE mqtt_bridge.owners RENAME TO elsewhere")
+    assert not house.sink.probe()
+    assert house.sink.trouble.verdict is Verdict.CONFIGURATION
+    refused = house.sink.heard_s
+    house.sql("ALTER TABLE mqtt_bridge.elsewhere RENAME TO owners")
+    assert house.sink.probe()
+    answered = house.sink.heard_s
+    house.observer.close()
+    postgres.kill()
+    assert not house.sink.probe()
+
+    assert before < refused < answered == house.sink.answered_s == house.sink.heard_s
+    house.connections.close()
+
+
 def test_a_time_out_is_tried_again_until_the_lock_is_gone(house_of, database):
     house = house_of(database, statement_timeout_s=0.1)
     house.sql("BEGIN")

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from mqtt_bridge.account import Balance
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.batches import Batches
-from mqtt_bridge.broker_connection import BARRIER
+from mqtt_bridge.broker_connection import BARRIER, BrokerConnection
 from mqtt_bridge.ledger import Ledger
 from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.routes import Router, default_routes
@@ -423,6 +423,54 @@ def test_what_was_pending_at_a_cut_is_acknowledged_on_the_next_connection_and_st
     assert scripted.wait_for_pubacks(3) == [1, 2, 3]
     assert sorted(rig.store.payloads) == [b"1", b"2", b"3"]
     assert rig.balance.outcomes["duplicate"] == 2
+
+
+def test_a_new_connection_on_purpose_brings_what_is_unacknowledged_and_is_no_trouble(scripted, start_rig):
+    rig = start_rig(scripted.port)
+    rig.wait_until_subscribed()
+    rig.store.shut()
+    scripted.publish(TOPIC, b"1", mid=1)
+    wait_until(lambda: rig.balance.in_flight == 1, what="the message")
+
+    scripted.answer = Answer(session_present=True)
+    rig.subscriber.reconnect()
+    scripted.wait_for_connect(2)
+    scripted.publish(TOPIC, b"1", mid=1, dup=True)
+    wait_until(lambda: rig.balance.received == 2, what="the redelivery")
+    rig.store.open()
+
+    assert scripted.wait_for_pubacks(1) == [1]
+    assert rig.store.payloads == [b"1"]
+    assert rig.subscriber.state.problem is None
+    assert len(scripted.record.connects) == 2
+
+
+def test_the_network_thread_is_seen_to_turn_while_nothing_arrives(scripted, start_rig):
+    rig = start_rig(scripted.port)
+    rig.wait_until_subscribed()
+
+    for _ in range(3):
+        before = rig.subscriber.turns
+        wait_until(lambda before=before: rig.subscriber.turns > before, what="another turn")
+
+    assert not rig.subscriber.connecting
+
+
+def test_the_network_thread_is_seen_to_connect_until_that_has_an_end(start_rig, monkeypatch):
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def hang(connection: BrokerConnection) -> None:
+        hanging.set()
+        go_on.wait(10)
+        raise OSError("no broker")
+
+    monkeypatch.setattr(BrokerConnection, "open", hang)
+    rig = start_rig(1)
+    assert hanging.wait(10)
+
+    assert rig.subscriber.connecting
+    go_on.set()
+    wait_until(lambda: not rig.subscriber.connecting, what="the try to end")
 
 
 def test_what_was_committed_before_a_cut_is_acknowledged_again_and_not_stored(scripted, start_rig):

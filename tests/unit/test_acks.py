@@ -265,6 +265,8 @@ class AckMachine(RuleBasedStateMachine):
         assert self.acks.unacknowledged == received - sent
         assert self.acks.unproven == sent - proven
         assert self.acks.outstanding == received - proven
+        waiting = [position for position, _ in connection.received[sent:]] if connection else []
+        assert self.acks.head == next(iter(waiting), None)
 
 
 TestAckMachine = AckMachine.TestCase

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 TABLE = [
     ["__main__", "cli", "pytest_plugin", "testing", "tools"],
-    ["bridge", "health", "web", "logs"],
+    ["bridge", "health", "watchdog", "web", "logs"],
     ["pipeline", "subscriber", "broker_connection", "publish_packet", "drainer", "batches", "diversion"],
     ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "dead_letters", "settings", "dsn"],
-    ["topics", "metrics", "account", "rates", "complaints", "breaker", "model", "errors"],
+    ["topics", "metrics", "account", "rates", "complaints", "last_resort", "breaker", "model", "errors"],
     # Last, since it imports nothing: it holds the version.
     ["__init__"],
 ]

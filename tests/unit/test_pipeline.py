@@ -776,3 +776,108 @@ def test_the_account_balances_at_every_moment_while_threads_hammer_it(hall_of):
     assert balance.received == sum(balance.outcomes.values()) == received
     assert balance.rows["readings"] == balance.outcomes["stored"]
     assert sorted(itertools.chain(*connections)) == sorted(sent), "each acknowledged once"
+
+
+# -- what the watchdog asks
+
+
+def test_a_batch_in_hand_shows_no_change_until_it_is_settled(hall_of):
+    hall = hall_of()
+    assert hall.pipeline.batches_in_hand() == {}
+    hall.store.gate.clear()
+    hall.receive(b"a", b"b")
+    wait_until(lambda: hall.store.entered, what="the batch to be under way")
+
+    seen = [hall.pipeline.batches_in_hand() for _ in range(3)]
+    hall.store.gate.set()
+    hall.settle()
+
+    assert len(seen[0]) == 1
+    assert seen[0] == seen[1] == seen[2]
+    assert hall.pipeline.batches_in_hand() == {}
+
+
+def test_every_batch_shows_another_sign(hall_of):
+    hall = hall_of()
+    hall.store.gate.clear()
+    signs, taken = [], []
+    for number in range(3):
+        hall.receive(b"same")
+        wait_until(lambda count=number + 1: len(hall.store.entered) == count, what="the batch to be under way")
+        signs.append(next(iter(hall.pipeline.batches_in_hand().values())))
+        taken.append(hall.pipeline.taken)
+        hall.store.gate.set()
+        hall.settle()
+        hall.store.gate.clear()
+
+    assert len(set(signs)) == 3
+    assert taken == [1, 2, 3]
+
+
+def test_a_part_of_a_batch_that_is_stored_is_a_sign(hall_of, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "TRANSACTION_ROWS", 1)
+    hall = hall_of(start=False)
+    hall.receive(b"a", b"b")
+    hall.store.gate.clear()
+    hall.pipeline.start()
+    wait_until(lambda: hall.store.entered, what="the first part")
+    first = hall.pipeline.batches_in_hand()
+
+    let_one_through(hall)
+    wait_until(lambda: len(hall.store.entered) == 2, what="the second part")
+
+    assert hall.pipeline.batches_in_hand() != first
+
+
+def let_one_through(hall):
+    hall.store.gate.set()
+    wait_until(lambda: hall.store.batches, what="the first part to be stored")
+
+
+def test_messages_wait_for_a_free_worker_only_while_there_is_one(hall_of):
+    hall = hall_of(workers=1, start=False)
+    assert not hall.pipeline.waits_for_a_free_worker
+    hall.receive(b"a")
+    assert hall.pipeline.waits_for_a_free_worker
+
+    hall.store.gate.clear()
+    hall.pipeline.start()
+    wait_until(lambda: hall.store.entered, what="the batch to be under way")
+    hall.receive(b"b")
+
+    assert hall.balance().queue_depth == 1
+    assert not hall.pipeline.waits_for_a_free_worker
+
+
+def test_a_delivery_is_held_from_its_arrival_until_it_is_settled(hall_of):
+    hall = hall_of(start=False)
+    hall.receive(b"a")
+    [position] = [message.position for message in hall.pipeline._queue]
+    assert hall.pipeline.holds(position)
+    assert not hall.pipeline.holds(position + 1)
+
+    hall.store.gate.clear()
+    hall.pipeline.start()
+    wait_until(lambda: hall.store.entered, what="the batch to be under way")
+    assert hall.pipeline.holds(position)
+    hall.store.gate.set()
+    hall.settle()
+
+    assert not hall.pipeline.holds(position)
+
+
+def test_a_message_of_qos_0_holds_no_position(hall_of):
+    hall = hall_of(start=False)
+    hall.receive(b"a", qos=0)
+    [message] = hall.pipeline._queue
+
+    assert not hall.pipeline.holds(message.position)
+
+
+def test_who_asks_what_is_held_while_the_lock_hangs_gets_an_answer(hall_of):
+    hall = hall_of()
+
+    with hall.pipeline._lock:
+        assert hall.pipeline.holds(1, timeout_s=0.0)
+        assert hall.pipeline.batches_in_hand() == {}
+        assert not hall.pipeline.waits_for_a_free_worker
