@@ -127,7 +127,7 @@ class Ledger:
         self._first_here = True  # nothing has been delivered on the current connection yet
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
         self._prunable: list[BatchKey] = []  # rows to delete with the next batch
-        self._noted = 0  # highest position that a row was made for
+        self._noted = 0  # highest position that a row was made for, or that counting began from
 
     # -- start and connections
 
@@ -138,7 +138,7 @@ class Ledger:
         for entry in claim.entries:
             self._remember(entry)
         if self._committed:
-            self._highest = self._last_position = max(self._committed)
+            self._highest = self._last_position = self._noted = max(self._committed)
             self._last_id = (self._last_position - 1) % LAP + 1
         self._forget_out_of_reach()
 
@@ -177,7 +177,7 @@ class Ledger:
 
     def _start_counting_anew(self) -> None:
         """Continue at the next lap, so that position and packet id stay congruent and positions stay unique."""
-        self._last_position = self._highest = -(-self._highest // LAP) * LAP
+        self._last_position = self._highest = self._noted = -(-self._highest // LAP) * LAP
         self._last_id = None
 
     # -- receiving
