@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +31,7 @@ from mqtt_bridge.ledger import Ledger
 from mqtt_bridge.metrics import Exposition
 from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.rates import Rates
+from mqtt_bridge.retained import Remembered, Retained
 from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.sink import Sink, Stopped
@@ -57,6 +58,15 @@ def make_router(settings: Settings) -> Router:
     )
 
 
+def make_retained(settings: Settings, filters: Sequence[str]) -> Retained:
+    """What follows the replays of these filters. For shared subscriptions brokers replay nothing."""
+    return Retained(
+        () if settings.mqtt_shared_group else filters,
+        policy=settings.mqtt_retained,
+        is_v5=settings.mqtt_protocol == "5",
+    )
+
+
 class Bridge:
     """One bridge: one client id, one subscriber, one pipeline, one sink."""
 
@@ -71,6 +81,7 @@ class Bridge:
         )
         self._acks = AckTracker()
         self._ledger = Ledger(redelivery=settings.mqtt_redelivery)
+        self._retained = make_retained(settings, self._router.filters)
         self._pipeline = Pipeline(
             self._router,
             self._sink,
@@ -83,7 +94,7 @@ class Bridge:
                 queue_size=settings.bridge_queue_size,
                 queue_bytes=settings.bridge_queue_mb << 20,
             ),
-            keep_retained=settings.mqtt_retained != "never",
+            wants_replay=self._retained.wants,
             on_fatal=self._fail,
             on_session_lost=lambda: self._tender_wakes.set(),
         )
@@ -92,6 +103,7 @@ class Bridge:
             filters=self._router.filters,
             inbox=self._pipeline,
             acks=self._acks,
+            retained=self._retained,
             on_cut=self._ask_who_owns_the_client_id,
         )
         self._rates = Rates()
@@ -106,6 +118,7 @@ class Bridge:
         self._failure: BaseException | None = None
         self._began_receiving = False
         self._noted_subscriptions: frozenset[str] = frozenset()
+        self._noted_retained = Remembered()
         self._health = Health(
             settings,
             pipeline=self._pipeline,
@@ -165,6 +178,9 @@ class Bridge:
         claim = self._sink.open(create=self._settings.db_auto_create)
         self._ledger.load(claim)
         self._subscriber.subscriptions = self._noted_subscriptions = claim.subscriptions
+        self._retained.load(claim.retained)
+        self._noted_retained = claim.retained
+        self._tend_to(self._note_retained)
         log.info(
             "the database is ready",
             client_id=self._settings.mqtt_client_id,
@@ -249,6 +265,7 @@ class Bridge:
             (0.0, self._raise_session),
             (1.0, self._sample),
             (1.0, self._note_subscriptions),
+            (1.0, self._note_retained),
             (PROBE_EVERY_S, self._sink.probe),
             (REPORT_EVERY_S, self._report),
             (REPORT_EVERY_S, self._prune),
@@ -267,6 +284,7 @@ class Bridge:
                 self._tend_to(self._sink.probe)
             if self._tidy.is_set() and not self._tidied.is_set():
                 self._tend_to(self._note_subscriptions)
+                self._tend_to(self._note_retained)
                 self._tend_to(self._prune)
                 self._tidied.set()
 
@@ -298,6 +316,13 @@ class Bridge:
         if filters != self._noted_subscriptions and self._pipeline.session_to_raise is None:
             self._sink.note_subscriptions(filters)
             self._noted_subscriptions = filters
+
+    def _note_retained(self) -> None:
+        retained = self._retained.remembering()
+        # In this order: what was received when the replays were found to be over is durable, or held.
+        if retained != self._noted_retained and not self._pipeline.holds_replays:
+            self._sink.note_retained(retained)
+            self._retained.remembered = self._noted_retained = retained
 
     def _report(self) -> None:
         balance = self._pipeline.balance()

@@ -29,13 +29,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 import structlog
 
 from mqtt_bridge.model import Message
+from mqtt_bridge.retained import Remembered
 
 log = structlog.get_logger(__name__)
 
@@ -96,6 +97,8 @@ class Claim:
     entries: tuple[Entry, ...]
     subscriptions: frozenset[str] = frozenset()
     """Filters that the session at the broker is known to have."""
+    retained: Remembered = field(default_factory=Remembered)
+    """What is known of the retained messages of filters; a lost session changes nothing in it."""
 
 
 def fingerprint(topic: bytes, payload: bytes, *, retain: bool) -> bytes:

@@ -17,6 +17,7 @@ from psycopg2.extensions import connection as Connection
 
 from mqtt_bridge.errors import Fenced
 from mqtt_bridge.ledger import BatchKey, Claim, Entry
+from mqtt_bridge.retained import Remembered
 
 
 def lock_key(client_id: str) -> sql.Composable:
@@ -34,7 +35,7 @@ def claim(connection: Connection, client_id: str) -> Claim:
         cursor.execute("BEGIN")
         cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
         cursor.execute(_TAKE_OVER, {"client_id": client_id})
-        owner_epoch, session_epoch, subscriptions = cursor.fetchone() or (0, 0, None)
+        owner_epoch, session_epoch, subscriptions, retained = cursor.fetchone() or (0, 0, None, None)
         cursor.execute(_FORGET_OLD_SESSIONS, {"client_id": client_id, "session_epoch": session_epoch})
         cursor.execute(_READ, {"client_id": client_id})
         entries = tuple(
@@ -42,13 +43,14 @@ def claim(connection: Connection, client_id: str) -> Claim:
             for epoch, batch, first, fingerprints in cursor.fetchall()
         )
         cursor.execute("COMMIT")
-    return Claim(owner_epoch, session_epoch, entries, frozenset((subscriptions or "").splitlines()))
+    filters = frozenset(filter(None, (subscriptions or "").split("\n")))
+    return Claim(owner_epoch, session_epoch, entries, filters, Remembered.parse(retained))
 
 
 _TAKE_OVER = """
 INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch) VALUES (%(client_id)s, 1, 1)
 ON CONFLICT (client_id) DO UPDATE SET owner_epoch = o.owner_epoch + 1, last_seen = now()
-RETURNING owner_epoch, session_epoch, subscriptions
+RETURNING owner_epoch, session_epoch, subscriptions, retained_seen
 """
 _FORGET_OLD_SESSIONS = """
 DELETE FROM mqtt_bridge.ledger
@@ -94,6 +96,15 @@ def note_subscriptions(connection: Connection, client_id: str, filters: Iterable
 
 
 _NOTE_SUBSCRIPTIONS = "UPDATE mqtt_bridge.owners SET subscriptions = %s WHERE client_id = %s AND owner_epoch = %s"
+
+
+def note_retained(connection: Connection, client_id: str, retained: Remembered, *, owner_epoch: int) -> None:
+    """Remember whose retained messages were stored; unlike subscriptions this outlives the session."""
+    with connection.cursor() as cursor:
+        cursor.execute(_NOTE_RETAINED, (str(retained), client_id, owner_epoch))
+
+
+_NOTE_RETAINED = "UPDATE mqtt_bridge.owners SET retained_seen = %s WHERE client_id = %s AND owner_epoch = %s"
 
 
 def statements(client_id: str, entry: Entry) -> sql.Composable:

@@ -26,6 +26,7 @@ from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import PAUSING, BridgeError, Failure, Fenced, Verdict, classify
 from mqtt_bridge.ledger import BatchKey, Claim
+from mqtt_bridge.retained import Remembered
 from mqtt_bridge.transactions import Batch, Stored, Transactions
 
 log = structlog.get_logger(__name__)
@@ -155,6 +156,14 @@ class Sink:
         self.run(
             lambda connection: ownership.note_subscriptions(
                 connection, self._client_id, filters, owner_epoch=self._owner_epoch
+            )
+        )
+
+    def note_retained(self, retained: Remembered) -> None:
+        """Remember whose retained messages were stored; one try."""
+        self.run(
+            lambda connection: ownership.note_retained(
+                connection, self._client_id, retained, owner_epoch=self._owner_epoch
             )
         )
 

@@ -19,7 +19,7 @@ TABLE = [
     ["bridge", "health", "web", "logs"],
     ["pipeline", "subscriber", "broker_connection", "publish_packet"],
     ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
-    ["decoders", "acks", "ownership", "ledger", "dead_letters", "settings", "dsn"],
+    ["decoders", "acks", "ownership", "ledger", "retained", "dead_letters", "settings", "dsn"],
     ["topics", "metrics", "account", "rates", "complaints", "breaker", "model", "errors"],
     # Last, since it imports nothing: it holds the version.
     ["__init__"],
