@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -58,15 +58,6 @@ def make_router(settings: Settings) -> Router:
     )
 
 
-def make_retained(settings: Settings, filters: Sequence[str]) -> Retained:
-    """What follows the replays of these filters. For shared subscriptions brokers replay nothing."""
-    return Retained(
-        () if settings.mqtt_shared_group else filters,
-        policy=settings.mqtt_retained,
-        is_v5=settings.mqtt_protocol == "5",
-    )
-
-
 class Bridge:
     """One bridge: one client id, one subscriber, one pipeline, one sink."""
 
@@ -81,7 +72,7 @@ class Bridge:
         )
         self._acks = AckTracker()
         self._ledger = Ledger(redelivery=settings.mqtt_redelivery)
-        self._retained = make_retained(settings, self._router.filters)
+        self._retained = Retained.of(settings, self._router.filters)
         self._pipeline = Pipeline(
             self._router,
             self._sink,

@@ -99,7 +99,7 @@ class BrokerConnection:
         """`subscriptions`: the filters that the broker's session is known to have, where it is still there;
         `confirmed`: this very process has seen the SUBACK, so that they can be relied upon.
 
-        `retained` follows the replays of the filters; without it they are nobody's concern.
+        `retained` follows the replays of the filters from connection to connection.
 
         `lasting`: the broker keeps the session when the connection ends, as the bridge needs it; `check` does not.
         """
@@ -115,7 +115,7 @@ class BrokerConnection:
         self._lasting = lasting
         self._clock = clock
         self._is_v5 = settings.mqtt_protocol == "5"
-        self._retained = retained or Retained((), policy=settings.mqtt_retained, is_v5=self._is_v5)
+        self._retained = retained or Retained.of(settings, filters)
         self._client = self._make_client()
         self.taken_over = False
         """Whether the broker said that another client with the same id has come."""

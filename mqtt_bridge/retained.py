@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, Self
 
+from mqtt_bridge.settings import Settings
 from mqtt_bridge.topics import covers
 
 QUIET_S = 10.0
@@ -67,7 +68,7 @@ class Retained:
         is_v5: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`filters`: without those of a shared subscription, for which brokers replay nothing."""
+        """`filters`: without those of a shared subscription, whose replays are not asked for."""
         self._filters = frozenset(filters)
         self._policy = policy
         self._is_v5 = is_v5
@@ -81,6 +82,16 @@ class Retained:
         self._last_s = clock()  # of SUBACK, or of the last replay
         self._probed_s = clock()  # when the barrier under way was sent
         self._most_held = 0  # unacknowledged at the broker, as far as this connection has seen: its window has room
+
+    @classmethod
+    def of(cls, settings: Settings, filters: Iterable[str]) -> Self:
+        """As the settings ask.
+
+        A shared subscription is sent no replays (MQTT 5, section 4.8.2). Mosquitto 2.0 sends them all the same, to
+        every member of the group.
+        """
+        followed = () if settings.mqtt_shared_group else filters
+        return cls(followed, policy=settings.mqtt_retained, is_v5=settings.mqtt_protocol == "5")
 
     def load(self, remembered: Remembered) -> None:
         """Begin with what the database knows. A filter that is not configured any more is forgotten."""
@@ -106,10 +117,13 @@ class Retained:
         `_IF_NEW` is right where this filter, if the session has it at all, was subscribed to with its replays: they
         were stored, or are queued in the session.
         """
-        if self._policy == "never" or (self._policy == "once" and topic_filter in self.remembered.stored):
+        if self._policy == "never" or topic_filter not in self._filters:
             return _NEVER
-        withheld = self.remembered.withheld - self._granted
-        return _ALWAYS if self._policy == "always" or topic_filter in withheld else _IF_NEW
+        if self._policy == "always":
+            return _ALWAYS
+        if topic_filter in self.remembered.stored:
+            return _NEVER
+        return _ALWAYS if topic_filter in self.remembered.withheld - self._granted else _IF_NEW
 
     def granted(self, filters: Iterable[str]) -> None:
         """SUBACK: the broker has taken these filters; replays have come before, or come now."""

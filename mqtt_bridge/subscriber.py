@@ -80,7 +80,7 @@ class Subscriber:
         retained: Retained | None = None,
         on_cut: Callable[[], object] = lambda: None,
     ) -> None:
-        """`retained` follows the replays of the filters; without it they are nobody's concern.
+        """`retained` follows the replays of the filters; without it each connection begins anew.
 
         `on_cut` is called when the broker has ended a connection; it must not block."""
         self._settings = settings

@@ -115,7 +115,7 @@ def test_nothing_is_followed_for_a_shared_subscription(policy):
 
     assert not bridge.retained.due
     assert bridge.retained.remembering() == Remembered()
-    assert bridge.retained.handling("$share/group/a/+") == {"once": IF_NEW, "always": ALWAYS, "never": NEVER}[policy]
+    assert bridge.retained.handling("$share/group/a/+") == NEVER
 
 
 # -- what is wanted
