@@ -101,7 +101,9 @@ class AckTracker:
     @property
     def outstanding(self) -> int:
         """What the broker may still hold as in flight: unacknowledged, or acknowledged without proof."""
-        return len(self._order) + len(self._unproven)
+        with self._lock:
+            # Decided under the lock: on its way from one to the other a delivery is in neither.
+            return len(self._order) + len(self._unproven)
 
     def mark(self) -> int:
         """A mark for a barrier that is sent now: everything acknowledged up to here precedes it on the wire."""

@@ -53,10 +53,8 @@ class Work:
 class Batches:
     """Makes work of messages, with the help of a router."""
 
-    def __init__(self, translator: Translator, *, keep_retained: bool = True) -> None:
-        """Without `keep_retained`, messages that the broker replays as retained are ignored."""
+    def __init__(self, translator: Translator) -> None:
         self._translator = translator
-        self._keep_retained = keep_retained
 
     def parts(self, messages: Iterable[Message]) -> Iterator[Work]:
         """What is to be stored of `messages`, in parts of a bounded number of rows."""
@@ -79,7 +77,7 @@ class Batches:
     def _add(self, message: Message, work: Work) -> int:
         """Add one message to `work`; how many rows it has. One that is ignored is only counted, in the tally."""
         work.messages.append(message)
-        if message.retain and not self._keep_retained:
+        if message.unwanted:
             work.tally.ignore("retained")
             return 0
         try:

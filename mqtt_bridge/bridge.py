@@ -38,6 +38,7 @@ from mqtt_bridge.metrics import Exposition
 from mqtt_bridge.ownership import SpoolAtHand
 from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.rates import Rates
+from mqtt_bridge.retained import Remembered, Retained
 from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.sink import Sink, Stopped
@@ -87,7 +88,7 @@ class Bridge:
         self._settings = settings
         self._abandoned_spool = abandoned_spool
         self._router = make_router(settings)
-        batches = Batches(self._router, keep_retained=settings.mqtt_retained != "never")
+        batches = Batches(self._router)
         self._connections = Connections(settings.dsn, size=settings.db_pool_size)
         self._sink = Sink(
             self._connections,
@@ -100,6 +101,7 @@ class Bridge:
         )
         self._acks = AckTracker()
         self._ledger = Ledger(redelivery=settings.mqtt_redelivery)
+        self._retained = Retained.of(settings, self._router.filters)
         self._pipeline = Pipeline(
             batches,
             self._diversion,
@@ -113,6 +115,7 @@ class Bridge:
                 queue_bytes=settings.bridge_queue_mb << 20,
             ),
             linger_s=lambda: self._diversion.linger_s,
+            wants_replay=self._retained.wants,
             on_fatal=self._fail,
             on_session_lost=lambda: self._tender_wakes.set(),
         )
@@ -129,6 +132,7 @@ class Bridge:
             filters=self._router.filters,
             inbox=self._pipeline,
             acks=self._acks,
+            retained=self._retained,
             on_cut=self._ask_who_owns_the_client_id,
         )
         self._rates = Rates()
@@ -142,6 +146,7 @@ class Bridge:
         self._failure: BaseException | None = None
         self._began_receiving = False
         self._noted_subscriptions: frozenset[str] = frozenset()
+        self._noted_retained = Remembered()
         self._tended = 0  # what the tender has done so far: how many times, to be seen to get on
         self._watchdog = self._make_watchdog(last_resort or LastResort())
         self._health = Health(
@@ -237,6 +242,9 @@ class Bridge:
         self._ledger.load(claim, self._spool.entries())
         self._pipeline.found_in_spool(self._spool.messages)
         self._subscriber.subscriptions = self._noted_subscriptions = claim.subscriptions
+        self._retained.load(claim.retained)
+        self._noted_retained = claim.retained
+        self._tend_to(self._note_retained)
         log.info(
             "the database is ready",
             client_id=self._settings.mqtt_client_id,
@@ -359,6 +367,7 @@ class Bridge:
             (0.0, self._raise_session),
             (1.0, self._sample),
             (1.0, self._note_subscriptions),
+            (1.0, self._note_retained),
             (PROBE_EVERY_S, self._sink.probe),
             (REPORT_EVERY_S, self._report),
             (REPORT_EVERY_S, self._prune),
@@ -378,6 +387,7 @@ class Bridge:
                 self._tend_to(self._sink.probe)
             if self._tidy.is_set() and not self._tidied.is_set():
                 self._tend_to(self._note_subscriptions)
+                self._tend_to(self._note_retained)
                 self._tend_to(self._prune)
                 self._tidied.set()
 
@@ -410,6 +420,13 @@ class Bridge:
         if filters != self._noted_subscriptions and self._pipeline.session_to_raise is None:
             self._sink.note_subscriptions(filters)
             self._noted_subscriptions = filters
+
+    def _note_retained(self) -> None:
+        retained = self._retained.remembering()
+        # In this order: what was received when the replays were found to be over is durable, or held.
+        if retained != self._noted_retained and not self._pipeline.holds_replays:
+            self._sink.note_retained(retained)
+            self._retained.remembered = self._noted_retained = retained
 
     def _report(self) -> None:
         balance = self._pipeline.balance()

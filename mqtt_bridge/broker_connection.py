@@ -30,6 +30,7 @@ from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.errors import Problem, SettingsError, explain_refusal
 from mqtt_bridge.model import Publish
 from mqtt_bridge.publish_packet import MalformedPublish, parse
+from mqtt_bridge.retained import Retained
 from mqtt_bridge.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -44,7 +45,6 @@ SESSION_TAKEN_OVER = 0x8E
 """Reason of DISCONNECT (MQTT 5, section 3.14.2.1)."""
 RESUBSCRIBE_S = 30.0
 """A refused subscription is tried again after this time."""
-_RETAIN_HANDLING = {"once": 1, "always": 0, "never": 2}
 
 
 class Inbox(Protocol):
@@ -90,6 +90,7 @@ class BrokerConnection:
         filters: Sequence[str],
         inbox: Inbox,
         acks: AckTracker,
+        retained: Retained | None = None,
         subscriptions: frozenset[str] = frozenset(),
         confirmed: bool = False,
         lasting: bool = True,
@@ -97,6 +98,8 @@ class BrokerConnection:
     ) -> None:
         """`subscriptions`: the filters that the broker's session is known to have, where it is still there;
         `confirmed`: this very process has seen the SUBACK, so that they can be relied upon.
+
+        `retained` follows the replays of the filters from connection to connection.
 
         `lasting`: the broker keeps the session when the connection ends, as the bridge needs it; `check` does not.
         """
@@ -112,6 +115,7 @@ class BrokerConnection:
         self._lasting = lasting
         self._clock = clock
         self._is_v5 = settings.mqtt_protocol == "5"
+        self._retained = retained or Retained.of(settings, filters)
         self._client = self._make_client()
         self.taken_over = False
         """Whether the broker said that another client with the same id has come."""
@@ -234,6 +238,7 @@ class BrokerConnection:
             self.subscriptions = frozenset()
             self.confirmed = False
         self._inbox.connected(session_present=flags.session_present, send_ack=self.acknowledge)
+        self._retained.connected(session_present=flags.session_present)
         self._connected_s = self._subscribe_at_s = self._clock()
         # The session has its subscriptions; the SUBACK of this connection may be queued behind a long backlog.
         self.subscribed = self.confirmed
@@ -288,14 +293,15 @@ class BrokerConnection:
             log.info("unsubscribing from what is no longer wanted", filters=dropped)
             self._client.unsubscribe(dropped)
         if self._is_v5 or not self.confirmed:
-            _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._wire_filters()])
+            self._retained.subscribing()
+            options = [(name, self._options(name)) for name in self._wire_filters()]
+            _, self._suback_for = self._client.subscribe(options)
         self.subscriptions |= self._wanted
 
-    def _options(self) -> Any:
+    def _options(self, name: str) -> Any:
         if not self._is_v5:
             return self._settings.mqtt_qos
-        handling = _RETAIN_HANDLING[self._settings.mqtt_retained]
-        return SubscribeOptions(qos=self._settings.mqtt_qos, retainHandling=handling)
+        return SubscribeOptions(qos=self._settings.mqtt_qos, retainHandling=self._retained.handling(name))
 
     def _wire_filters(self) -> list[str]:
         group = self._settings.mqtt_shared_group
@@ -305,6 +311,7 @@ class BrokerConnection:
         if packet_id != self._suback_for:
             return
         answers = list(zip(self._wire_filters(), reasons, strict=False))
+        self._retained.granted(name for name, reason in answers if not reason.is_failure)
         refused = [f"{name} ({reason})" for name, reason in answers if reason.is_failure]
         lowered = [name for name, reason in answers if not reason.is_failure and reason.value < self._settings.mqtt_qos]
         self.problem = _subscription_problem(refused, lowered)
@@ -317,9 +324,12 @@ class BrokerConnection:
     # -- the barrier
 
     def _send_barrier_when_due(self) -> None:
-        """UNSUBSCRIBE a filter that nobody uses: its answer proves that all PUBACKs sent before it were seen."""
+        """UNSUBSCRIBE a filter that nobody uses: its answer proves that all PUBACKs sent before it were seen.
+
+        And that all that the broker had sent by then was received: so it also tells whether replays are over.
+        """
         unproven = self._acks.unproven
-        if self._barrier or not unproven:
+        if self._barrier or not (unproven or (self._takes_in and self._retained.due)):
             return
         if unproven < BARRIER_EVERY_ACKS and self._takes_in and self._clock() - self._barrier_s < BARRIER_EVERY_S:
             return
@@ -327,10 +337,13 @@ class BrokerConnection:
         _, packet_id = self._client.unsubscribe(BARRIER)
         if packet_id is not None:
             self._barrier = (packet_id, mark)
+            self._retained.probe()
 
     def _on_unsubscribe(self, _c: object, _u: object, packet_id: int, _r: list[ReasonCode], _p: Any) -> None:
         if self._barrier and self._barrier[0] == packet_id:
             self._inbox.prove(self._acks.prove(self._barrier[1]))
+            if self._takes_in:  # else there may be more at the broker than was counted here
+                self._retained.probed(self._acks.outstanding)
             self._barrier = None
             self._barrier_s = self._clock()
 

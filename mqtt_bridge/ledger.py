@@ -29,13 +29,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 import structlog
 
 from mqtt_bridge.model import Message
+from mqtt_bridge.retained import Remembered
 
 log = structlog.get_logger(__name__)
 
@@ -97,6 +98,8 @@ class Claim:
     """Those of the current session, but for batches that are in the spool."""
     subscriptions: frozenset[str] = frozenset()
     """Filters that the session at the broker is known to have."""
+    retained: Remembered = field(default_factory=Remembered)
+    """What is known of the retained messages of filters; a lost session changes nothing in it."""
 
 
 def fingerprint(topic: bytes, payload: bytes, *, retain: bool) -> bytes:
@@ -129,7 +132,7 @@ class Ledger:
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
         self._prunable: list[BatchKey] = []  # rows to delete with the next batch
         self._spooled: set[BatchKey] = set()  # batches on the disk, whose rows must stay until those are stored
-        self._noted = 0  # highest position that a row was made for
+        self._noted = 0  # highest position that a row was made for, or that counting began from
 
     # -- start and connections
 
@@ -144,7 +147,7 @@ class Ledger:
             if entry.fingerprints and entry.session_epoch == claim.session_epoch:
                 self._remember(entry)
         if self._highest:
-            self._last_position = self._highest
+            self._last_position = self._noted = self._highest
             self._last_id = (self._last_position - 1) % LAP + 1
         self._forget_out_of_reach()
 
@@ -184,7 +187,7 @@ class Ledger:
 
     def _start_counting_anew(self) -> None:
         """Continue at the next lap, so that position and packet id stay congruent and positions stay unique."""
-        self._last_position = self._highest = -(-self._highest // LAP) * LAP
+        self._last_position = self._highest = self._noted = -(-self._highest // LAP) * LAP
         self._last_id = None
 
     # -- receiving

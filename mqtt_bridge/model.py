@@ -47,6 +47,8 @@ class Message(NamedTuple):
     """Eight bytes that recognise a redelivery (see `ledger`); empty for QoS 0."""
     properties: Mapping[str, Any] | None = None
     """MQTT 5 properties worth keeping, ready for JSON; None where there are none."""
+    unwanted: bool = False
+    """A replay that is to be ignored (see `retained`): decided when it came, for what is wanted changes meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

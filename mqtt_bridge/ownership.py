@@ -18,6 +18,7 @@ from psycopg2.extensions import connection as Connection
 
 from mqtt_bridge.errors import Fenced, SpoolElsewhere
 from mqtt_bridge.ledger import BatchKey, Claim, Entry
+from mqtt_bridge.retained import Remembered
 
 
 def lock_key(client_id: str) -> sql.Composable:
@@ -56,7 +57,7 @@ def claim(connection: Connection, client_id: str, spool: SpoolAtHand = NO_SPOOL)
         _check_disk((cursor.fetchone() or (None,))[0], spool)
         values = {"client_id": client_id, "spool_id": spool.id, "session_epoch": spool.session_epoch}
         cursor.execute(_TAKE_OVER, values)
-        owner_epoch, session_epoch, subscriptions = cursor.fetchone() or (0, 0, None)
+        owner_epoch, session_epoch, subscriptions, retained = cursor.fetchone() or (0, 0, None, None)
         cursor.execute(_READ, {"client_id": client_id})
         entries = [
             Entry(BatchKey(epoch, batch), session, first, bytes(fingerprints))
@@ -68,7 +69,8 @@ def claim(connection: Connection, client_id: str, spool: SpoolAtHand = NO_SPOOL)
         if needless := {entry.key for entry in rest}.difference(entry.key for entry in known):
             cursor.execute(_pruning(client_id, needless))
         cursor.execute("COMMIT")
-    return Claim(owner_epoch, session_epoch, tuple(known), frozenset((subscriptions or "").splitlines()))
+    filters = frozenset(filter(None, (subscriptions or "").split("\n")))
+    return Claim(owner_epoch, session_epoch, tuple(known), filters, Remembered.parse(retained))
 
 
 def _check_disk(spool_id: str | None, spool: SpoolAtHand) -> None:
@@ -82,7 +84,7 @@ VALUES (%(client_id)s, 1, %(session_epoch)s, %(spool_id)s)
 ON CONFLICT (client_id) DO UPDATE SET owner_epoch = o.owner_epoch + 1, last_seen = now(), spool_id = %(spool_id)s,
   session_epoch = greatest(o.session_epoch, %(session_epoch)s),
   subscriptions = CASE WHEN o.session_epoch >= %(session_epoch)s THEN o.subscriptions END
-RETURNING owner_epoch, session_epoch, subscriptions
+RETURNING owner_epoch, session_epoch, subscriptions, retained_seen
 """
 _READ = """
 SELECT owner_epoch, batch, session_epoch, first_position, entries FROM mqtt_bridge.ledger
@@ -133,6 +135,15 @@ def note_subscriptions(connection: Connection, client_id: str, filters: Iterable
 
 
 _NOTE_SUBSCRIPTIONS = "UPDATE mqtt_bridge.owners SET subscriptions = %s WHERE client_id = %s AND owner_epoch = %s"
+
+
+def note_retained(connection: Connection, client_id: str, retained: Remembered, *, owner_epoch: int) -> None:
+    """Remember whose retained messages were stored; unlike subscriptions this outlives the session."""
+    with connection.cursor() as cursor:
+        cursor.execute(_NOTE_RETAINED, (str(retained), client_id, owner_epoch))
+
+
+_NOTE_RETAINED = "UPDATE mqtt_bridge.owners SET retained_seen = %s WHERE client_id = %s AND owner_epoch = %s"
 
 
 def statements(client_id: str, entry: Entry, *, owner_epoch: int) -> sql.Composable:

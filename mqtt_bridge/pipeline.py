@@ -80,12 +80,14 @@ class Pipeline:
         on_fatal: Callable[[BaseException], None],
         on_session_lost: Callable[[], object] = lambda: None,
         linger_s: Callable[[], float] = lambda: 0.0,
+        wants_replay: Callable[[bytes], bool] = lambda topic: True,
         clock_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         """`on_fatal` hears of what ends the bridge: `Fenced`, or an error that a worker cannot survive.
 
         `on_session_lost` is called when `session_to_raise` has something to say; it must not block. `linger_s`: how
         long a batch may wait for more messages at the moment, where that is longer than `batch_wait_s`.
+        `wants_replay` says whether a retained message of this topic, replayed by the broker, is to be stored.
         """
         self._batches = batches
         self._store = store
@@ -94,6 +96,7 @@ class Pipeline:
         self._on_fatal = on_fatal
         self._on_session_lost = on_session_lost
         self._linger_s = linger_s
+        self._wants_replay = wants_replay
         self._clock_us = clock_us
         self._executor: ThreadPoolExecutor | None = None
         self._futures: list[Future[None]] = []
@@ -187,6 +190,8 @@ class Pipeline:
         """Take one message in. Never blocks on the database, never raises for the sake of a message."""
         topic, payload, qos, retain, dup, packet_id, properties = publish
         message = Message(topic, payload, qos, retain, self._clock_us(), properties=properties)
+        if retain and not self._wants_replay(topic):
+            message = message._replace(unwanted=True)  # counted by a worker, for the ledger may need a row of it
         if qos == 0:
             self._receive_unacknowledged(message)
             return
@@ -381,6 +386,13 @@ class Pipeline:
         """The database knows this session epoch now."""
         with self._lock:
             self._ledger.session_raised(session_epoch)
+
+    @property
+    def holds_replays(self) -> bool:
+        """Whether a retained message that the broker replayed is not durable yet."""
+        with self._lock:
+            held = (self._queue, *self._in_hand.values())
+            return any(message.retain for messages in held for message in messages)
 
     # -- what the watchdog asks: a worker that hangs may hold the lock
 

@@ -29,6 +29,7 @@ from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import PAUSING, BridgeError, Failure, Fenced, SpoolElsewhere, Verdict, classify
 from mqtt_bridge.ledger import BatchKey, Claim
 from mqtt_bridge.ownership import NO_SPOOL, SpoolAtHand
+from mqtt_bridge.retained import Remembered
 from mqtt_bridge.transactions import Batch, Stored, Transactions
 
 log = structlog.get_logger(__name__)
@@ -193,6 +194,14 @@ class Sink:
     def release_spool(self) -> None:
         """Note that no acknowledged message is on the disk any more; one try."""
         self.run(lambda connection: ownership.release_spool(connection, self._client_id, owner_epoch=self._owner_epoch))
+
+    def note_retained(self, retained: Remembered) -> None:
+        """Remember whose retained messages were stored; one try."""
+        self.run(
+            lambda connection: ownership.note_retained(
+                connection, self._client_id, retained, owner_epoch=self._owner_epoch
+            )
+        )
 
     def prune(self, keys: Sequence[BatchKey]) -> None:
         """Delete ledger rows that nobody needs any more; one try, the caller keeps the keys where it fails."""

@@ -541,7 +541,7 @@ _ENTRY = struct.Struct("<qqqq?I")
 _KEY = struct.Struct("<qq")
 _MESSAGE = struct.Struct("<IIIBBqq")
 """Lengths of topic, payload and properties; flags; length of the fingerprint; received_us; position."""
-_QOS, _RETAIN = 0b011, 0b100
+_QOS, _RETAIN, _UNWANTED = 0b0011, 0b0100, 0b1000
 
 
 _MISMATCH = "its checksum does not match"
@@ -563,9 +563,9 @@ def _encode_entry(entry: Entry) -> bytes:
 def _encode_messages(messages: Sequence[Message]) -> bytes:
     parts: list[bytes] = []
     for message in messages:
-        topic, payload, qos, retain, received_us, position, fingerprint, properties = message
+        topic, payload, qos, retain, received_us, position, fingerprint, properties, unwanted = message
         extra = b"" if properties is None else json.dumps(properties, separators=(",", ":")).encode()
-        flags = qos | _RETAIN if retain else qos
+        flags = qos | retain * _RETAIN | unwanted * _UNWANTED
         sizes = len(topic), len(payload), len(extra)
         parts += (_MESSAGE.pack(*sizes, flags, len(fingerprint), received_us, position), topic, payload, extra)
         parts.append(fingerprint)
@@ -609,6 +609,7 @@ def _decode_messages(body: bytes) -> Iterator[Message]:
             position,
             body[mark:end],
             json.loads(body[extra:mark]) if extra_size else None,
+            flags & _UNWANTED != 0,
         )
     if end != len(body):
         raise ValueError("its last message is cut off")

@@ -30,6 +30,7 @@ from mqtt_bridge.broker_connection import Inbox as ConnectionInbox
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.errors import SettingsError, explain_hangup, explain_unreachable
 from mqtt_bridge.ledger import REACH
+from mqtt_bridge.retained import Retained
 from mqtt_bridge.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -76,13 +77,17 @@ class Subscriber:
         filters: Sequence[str],
         inbox: Inbox,
         acks: AckTracker,
+        retained: Retained | None = None,
         on_cut: Callable[[], object] = lambda: None,
     ) -> None:
-        """`on_cut` is called when the broker has ended a connection; it must not block."""
+        """`retained` follows the replays of the filters; without it each connection begins anew.
+
+        `on_cut` is called when the broker has ended a connection; it must not block."""
         self._settings = settings
         self._filters = filters
         self._inbox = inbox
         self._acks = acks
+        self._retained = retained
         self._on_cut = on_cut
         self._complaint = Complaint()
         self._short_lived = 0  # connections in a row that did not last
@@ -199,6 +204,7 @@ class Subscriber:
                 filters=self._filters,
                 inbox=self._inbox,
                 acks=self._acks,
+                retained=self._retained,
                 subscriptions=self.subscriptions,
                 confirmed=self._confirmed,
             )

@@ -30,8 +30,8 @@ CREATE TABLE IF NOT EXISTS mqtt_bridge.owners (
     client_id     text PRIMARY KEY,
     owner_epoch   bigint NOT NULL,
     session_epoch bigint NOT NULL,
-    subscriptions text,
-    retained_seen text,
+    subscriptions text, -- filters that the session has, one a line
+    retained_seen text, -- whose retained messages were stored, or were never asked for: `stored a/+`, one a line
     spool_id      text,
     last_seen     timestamptz NOT NULL DEFAULT now()
 );

@@ -19,6 +19,7 @@ from mqtt_bridge.copying import EPOCH_US
 from mqtt_bridge.errors import Fenced, Verdict
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, fingerprint
 from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Table, Translation
+from mqtt_bridge.retained import Remembered
 from mqtt_bridge.sink import Sink, Stopped
 from mqtt_bridge.tools.embedded import free_port
 from mqtt_bridge.transactions import Batch, Stored
@@ -877,6 +878,35 @@ def test_a_new_owner_reads_what_its_predecessor_committed(house_of, database):
     second = house_of(database)
 
     assert second.claim.entries == tuple(batch.entry for batch in batches)
+
+
+def test_whose_retained_messages_were_stored_outlives_the_owner_and_the_session(house_of, database):
+    first = house_of(database)
+    assert first.claim.retained == Remembered()
+    retained = Remembered(frozenset({"a/+", "b/#"}), frozenset({"c"}))
+
+    first.sink.note_retained(retained)
+    assert first.sink.raise_session(2)
+
+    assert house_of(database).claim.retained == retained
+    assert house_of(database, client_id="other").claim.retained == Remembered()
+
+
+def test_a_fenced_owner_cannot_say_whose_retained_messages_were_stored(house_of, database):
+    first, second = house_of(database), house_of(database)
+    second.sink.note_retained(Remembered(frozenset({"a/+"})))
+
+    first.sink.note_retained(Remembered(frozenset({"b/#"})))
+
+    assert house_of(database).claim.retained == Remembered(frozenset({"a/+"}))
+
+
+def test_subscriptions_may_hold_what_python_takes_for_the_end_of_a_line(house_of, database):
+    first = house_of(database)
+
+    first.sink.note_subscriptions(["a\u2028b/+", "c"])
+
+    assert house_of(database).claim.subscriptions == {"a\u2028b/+", "c"}
 
 
 def test_a_new_owner_waits_for_the_transactions_of_its_predecessor(house_of, database):

@@ -119,6 +119,26 @@ def test_what_is_unacknowledged_and_what_is_unproven_are_told_apart():
     assert (acks.unacknowledged, acks.unproven, acks.outstanding) == (2, 1, 3)
 
 
+def test_a_delivery_on_its_way_to_being_acknowledged_is_outstanding():
+    # To believe that the broker holds nothing while it does would end the wait for its retained messages.
+    acks, leaving, go_on = AckTracker(), threading.Event(), threading.Event()
+    acks.open(lambda _: leaving.set() or go_on.wait())
+    acks.add(1, 11)
+    worker = threading.Thread(target=acks.finish, args=([1],))
+    worker.start()
+    assert leaving.wait(10)
+
+    seen = []
+    reader = threading.Thread(target=lambda: seen.append(acks.outstanding))
+    reader.start()
+    reader.join(0.1)  # without the lock it would have read by now
+    go_on.set()
+    reader.join()
+    worker.join()
+
+    assert seen == [1]
+
+
 def test_proofs_start_anew_with_each_connection():
     acks, _ = opened()
     acks.add(1, 11, finished=True)

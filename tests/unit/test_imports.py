@@ -19,7 +19,7 @@ TABLE = [
     ["bridge", "health", "watchdog", "web", "logs"],
     ["pipeline", "subscriber", "broker_connection", "publish_packet", "drainer", "batches", "diversion"],
     ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
-    ["decoders", "acks", "ownership", "ledger", "dead_letters", "settings", "dsn"],
+    ["decoders", "acks", "ownership", "ledger", "retained", "dead_letters", "settings", "dsn"],
     ["topics", "metrics", "account", "rates", "complaints", "last_resort", "breaker", "model", "errors"],
     # Last, since it imports nothing: it holds the version.
     ["__init__"],

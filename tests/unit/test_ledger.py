@@ -470,6 +470,21 @@ def test_a_ledger_lags_when_much_was_received_and_nothing_was_stored():
     assert not ledger.lags
 
 
+def test_a_ledger_does_not_lag_behind_what_it_was_loaded_with():
+    restarted = loaded(Entry(BatchKey(1, 7), 1, 3 * LAP, SAME))
+
+    assert not restarted.lags
+
+
+def test_a_ledger_does_not_lag_because_a_new_session_counts_anew():
+    ledger = fresh()
+    commit(ledger, receive(ledger, [1]))
+
+    ledger.connected(session_present=False)
+
+    assert not ledger.lags
+
+
 def test_a_row_is_not_pruned_before_its_commit_is_known():
     ledger = fresh()
     positions = receive(ledger, [1])

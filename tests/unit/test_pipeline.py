@@ -15,7 +15,7 @@ from mqtt_bridge import pipeline as pipeline_module
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.batches import Batches
 from mqtt_bridge.errors import Fenced, MessageError
-from mqtt_bridge.ledger import Claim, Ledger
+from mqtt_bridge.ledger import REACH, Claim, Ledger
 from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Publish, Table, Translation
 from mqtt_bridge.pipeline import MESSAGE_OVERHEAD, Limits, Pipeline
 from mqtt_bridge.sink import Stopped
@@ -80,7 +80,7 @@ class Store:
 class Hall:
     """A pipeline with its surroundings."""
 
-    def __init__(self, *, start=True, clock_us=None, keep_retained=True, redelivery="marked", **limits):
+    def __init__(self, *, start=True, clock_us=None, wants_replay=lambda topic: True, redelivery="marked", **limits):
         self.store = Store()
         self.ledger = Ledger(redelivery=redelivery)
         self.ledger.load(Claim(1, 1, ()))
@@ -88,13 +88,14 @@ class Hall:
         self.sessions_lost = 0
         limits = {"workers": 1, "batch_wait_s": AT_ONCE} | limits
         self.pipeline = Pipeline(
-            Batches(Translator(), keep_retained=keep_retained),
+            Batches(Translator()),
             self.store,
             ledger=self.ledger,
             acks=AckTracker(),
             limits=Limits(**limits),
             on_fatal=self.fatal.append,
             on_session_lost=self.lose_session,
+            wants_replay=wants_replay,
             **({"clock_us": clock_us} if clock_us else {}),
         )
         self.packet_ids = itertools.count(1)
@@ -386,16 +387,106 @@ def test_repairs_are_counted(hall_of):
     assert hall.balance().repairs["nan_skipped"] == 2
 
 
-def test_retained_messages_are_ignored_where_they_are_not_wanted(hall_of):
-    hall = hall_of(keep_retained=False)
+@pytest.mark.parametrize("qos", [0, 1])
+def test_replays_are_ignored_where_they_are_not_wanted(hall_of, qos):
+    hall = hall_of(wants_replay=lambda topic: topic != b"t")
 
-    hall.receive(b"a", retain=True)
-    hall.receive(b"b")
+    hall.receive(b"a", qos=qos, retain=True)
+    hall.receive(b"b", qos=qos)
 
     hall.settle()
     assert hall.store.payloads == [b"b"]
     assert hall.balance().ignored == {"retained": 1}
-    assert hall.acknowledged == [1, 2]
+    assert hall.acknowledged == ([1, 2] if qos else [])
+
+
+def test_replays_are_stored_where_they_are_wanted(hall_of):
+    hall = hall_of(wants_replay=lambda topic: topic == b"t")
+
+    hall.receive(b"a", retain=True)
+
+    hall.settle()
+    assert hall.store.payloads == [b"a"]
+    assert hall.balance().ignored == {}
+
+
+def test_only_replays_are_asked_about(hall_of):
+    hall = hall_of(wants_replay=lambda topic: pytest.fail("nobody replayed it"))
+
+    hall.receive(b"a")
+
+    hall.settle()
+    assert hall.store.payloads == [b"a"]
+
+
+def test_whether_a_replay_is_wanted_is_decided_when_it_comes(hall_of):
+    answers = [False, True]
+    hall = hall_of(start=False, wants_replay=lambda topic: answers.pop(0))
+    hall.receive(b"unwanted", b"wanted", retain=True)
+
+    assert answers == []
+    hall.pipeline.start()
+
+    hall.settle()
+    assert hall.store.payloads == [b"wanted"]
+
+
+def test_an_ignored_replay_that_is_delivered_again_is_ignored_again(hall_of):
+    hall = hall_of(wants_replay=lambda topic: False)
+    hall.receive(b"a", retain=True)
+    hall.settle()
+
+    again = hall.connect()
+    hall.pipeline.receive(Publish(b"t", b"a", 1, True, True, 1))
+
+    hall.settle()
+    assert again == [1]
+    assert hall.store.batches == []
+    assert hall.balance().ignored == {"retained": 2}
+
+
+def test_a_replay_that_was_stored_is_a_duplicate_though_it_is_not_wanted_any_more(hall_of):
+    answers = [True, False]
+    hall = hall_of(wants_replay=lambda topic: answers.pop(0))
+    hall.receive(b"a", retain=True)
+    hall.settle()
+
+    again = hall.connect()
+    hall.pipeline.receive(Publish(b"t", b"a", 1, True, True, 1))
+
+    assert again == [1]
+    assert hall.balance().outcomes["duplicate"] == 1
+
+
+def test_a_long_stream_of_ignored_replays_writes_a_ledger_row_now_and_then(hall_of):
+    # Else a later process would measure new packet ids against a row that is more than half a lap old.
+    hall = hall_of(wants_replay=lambda topic: False, batch_size=100)
+
+    for _ in range(REACH // 500):
+        hall.receive(*[b"a"] * 500, retain=True)
+        hall.settle()
+
+    rows = [batch.entry for batch in hall.store.batches]
+    assert 1 < len(rows) < 10
+    assert all(row.fingerprints for row in rows)
+    assert hall.store.payloads == []
+
+
+def test_a_replay_is_held_until_it_is_durable(hall_of):
+    hall = hall_of(start=False)
+    hall.store.gate.clear()
+    hall.receive(b"live")
+    assert not hall.pipeline.holds_replays
+
+    hall.receive(b"a", retain=True)
+    assert hall.pipeline.holds_replays  # in the queue
+    hall.pipeline.start()
+    wait_until(lambda: hall.store.entered, what="the batch to be under way")
+    assert hall.pipeline.holds_replays  # in a worker's hands
+    hall.store.gate.set()
+
+    hall.settle()
+    assert not hall.pipeline.holds_replays
 
 
 # -- bounds
@@ -815,7 +906,7 @@ def test_every_batch_shows_another_sign(hall_of):
 
 
 def test_a_part_of_a_batch_that_is_stored_is_a_sign(hall_of, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "TRANSACTION_ROWS", 1)
+    monkeypatch.setattr(batches_module, "TRANSACTION_ROWS", 1)
     hall = hall_of(start=False)
     hall.receive(b"a", b"b")
     hall.store.gate.clear()

@@ -147,6 +147,7 @@ messages = st.builds(
     position=int64,
     fingerprint=st.binary(max_size=8),
     properties=st.none() | st.dictionaries(st.text(), json_values, max_size=4),
+    unwanted=st.booleans(),
 )
 entries = st.builds(
     Entry,
@@ -176,7 +177,7 @@ def test_whatever_goes_in_comes_out_unchanged(lasting_spool, entry, content):
     lasting_spool.remove(spooled.sequence)
 
     assert (spooled.entry, spooled.messages) == (entry, content)
-    assert [type(m.retain) for m in spooled.messages] == [bool] * len(content)
+    assert {type(flag) for m in spooled.messages for flag in (m.retain, m.unwanted)} <= {bool}
     assert known == [entry]
     assert (lasting_spool.messages, lasting_spool.bytes) == (0, 0)
 
