@@ -1,0 +1,185 @@
+"""Taking over a client id with batches on the disk, with a real PostgreSQL."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import psycopg2
+import pytest
+
+from mqtt_bridge import schema
+from mqtt_bridge.connections import BridgeConnection, Connections
+from mqtt_bridge.errors import Fenced, SpoolElsewhere
+from mqtt_bridge.ledger import BatchKey, Entry
+from mqtt_bridge.model import READINGS_COLUMNS, Message, Table, Translation
+from mqtt_bridge.ownership import SpoolAtHand, claim
+from mqtt_bridge.sink import Sink
+from mqtt_bridge.transactions import Batch
+
+ME = "client"
+MARKS = b"12345678"
+
+
+@pytest.fixture
+def connection(database):
+    with closing(psycopg2.connect(database, connection_factory=BridgeConnection)) as connection:
+        schema.apply(connection)
+        yield connection
+
+
+@pytest.fixture
+def make_sink(database):
+    """Makes a sink that has claimed the client id, with this spool at hand."""
+    made = []
+
+    def make(spool=SpoolAtHand()):  # noqa: B008
+        connections = Connections(lambda: database, size=1)
+        made.append(connections)
+        sink = Sink(connections, client_id=ME)
+        sink.claim = sink.open(create=True, spool=spool)
+        return sink
+
+    yield make
+    for connections in made:
+        connections.close()
+
+
+def query(connection, statement):
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+        return cursor.fetchall()
+
+
+def owner(connection):
+    return query(connection, "SELECT owner_epoch, session_epoch, spool_id FROM mqtt_bridge.owners")[0]
+
+
+def ledger(connection):
+    return [BatchKey(*key) for key in query(connection, "SELECT owner_epoch, batch FROM mqtt_bridge.ledger ORDER BY 2")]
+
+
+def entry(epoch, number, *, session=1, marks=MARKS):
+    return Entry(BatchKey(epoch, number), session, number, marks)
+
+
+def batch(entry):
+    message = Message(b"d/telemetry", b"1", 1, False, 0, entry.first_position, MARKS)
+    row = (0, "d", "m", 1.0, None)
+    return Batch(entry, [(message, Translation("r", Table("readings", READINGS_COLUMNS), [row]))], [], [message])
+
+
+def test_the_disk_that_a_process_brings_is_noted(connection):
+    claim(connection, ME, SpoolAtHand("disk"))
+
+    assert owner(connection) == (1, 1, "disk")
+
+
+def test_without_the_disk_that_may_hold_messages_nothing_is_taken_over(connection):
+    claim(connection, ME, SpoolAtHand("disk"))
+
+    for spool in (SpoolAtHand(), SpoolAtHand("another"), SpoolAtHand(accepts=frozenset({"a third"}))):
+        with pytest.raises(SpoolElsewhere, match="--abandon-spool disk"):
+            claim(connection, ME, spool)
+        connection.rollback()
+
+    assert owner(connection) == (1, 1, "disk")
+
+
+@pytest.mark.parametrize(
+    ("spool", "noted"),
+    [
+        (SpoolAtHand("disk"), "disk"),
+        (SpoolAtHand(accepts=frozenset({"disk"})), None),
+        (SpoolAtHand("another", accepts=frozenset({"another", "disk"})), "another"),
+    ],
+)
+def test_the_disk_may_be_there_or_empty_or_given_up(connection, spool, noted):
+    claim(connection, ME, SpoolAtHand("disk"))
+
+    claim(connection, ME, spool)
+
+    assert owner(connection) == (2, 1, noted)
+
+
+def test_a_refused_start_leaves_the_sink_without_a_retry(make_sink):
+    make_sink(SpoolAtHand("disk"))
+
+    with pytest.raises(SpoolElsewhere):
+        make_sink()
+
+
+def test_a_session_that_only_the_disk_knows_of_is_known_from_then_on(connection):
+    claim(connection, ME)
+    query(connection, "UPDATE mqtt_bridge.owners SET subscriptions = 'a/#' RETURNING 1")
+
+    taken = claim(connection, ME, SpoolAtHand("disk", session_epoch=3))
+
+    assert (taken.session_epoch, taken.subscriptions) == (3, frozenset())
+    assert owner(connection) == (2, 3, "disk")
+    assert claim(connection, ME, SpoolAtHand("disk", session_epoch=2)).session_epoch == 3
+
+
+def test_rows_of_batches_on_the_disk_stay_and_match_nothing_by_themselves(connection, make_sink):
+    first = make_sink()
+    entries = [entry(1, 1), entry(1, 2), entry(1, 3, marks=b""), entry(1, 4, marks=b"")]
+    for each in entries:
+        first.store(batch(each))
+
+    on_disk = frozenset({entries[1].key, entries[3].key})
+    taken = claim(connection, ME, SpoolAtHand("disk", keys=on_disk))
+
+    assert [each.key for each in taken.entries] == [entries[0].key]
+    assert ledger(connection) == [entries[0].key, entries[1].key, entries[3].key]
+
+
+def test_rows_of_an_earlier_session_go_but_for_those_of_batches_on_the_disk(connection, make_sink):
+    first = make_sink()
+    entries = [entry(1, 1), entry(1, 2)]
+    for each in entries:
+        first.store(batch(each))
+
+    taken = claim(connection, ME, SpoolAtHand("disk", keys=frozenset({entries[1].key}), session_epoch=2))
+
+    assert taken.entries == ()
+    assert ledger(connection) == [entries[1].key]
+
+
+def test_a_batch_of_an_earlier_process_is_stored_by_its_successor_under_its_own_key_and_once(connection, make_sink):
+    make_sink(SpoolAtHand("disk"))
+    old = batch(entry(1, 7))
+    second = make_sink(SpoolAtHand("disk", keys=frozenset({old.entry.key})))
+
+    second.store(old)
+    second.store(old)  # as after a crash before it was taken off the disk
+
+    assert ledger(connection) == [old.entry.key]
+    assert query(connection, "SELECT count(*) FROM readings") == [(1,)]
+
+
+def test_a_batch_that_was_committed_before_it_went_to_the_disk_is_not_stored_again(connection, make_sink):
+    first = make_sink(SpoolAtHand("disk"))
+    in_doubt = batch(entry(1, 1))
+    first.store(in_doubt)
+    third = [make_sink(SpoolAtHand("disk", keys=frozenset({in_doubt.entry.key}))) for _ in range(2)][-1]
+
+    third.store(in_doubt)
+
+    assert query(connection, "SELECT count(*) FROM readings") == [(1,)]
+
+
+def test_a_process_that_was_overtaken_can_not_drain_what_it_has(make_sink):
+    first = make_sink(SpoolAtHand("disk"))
+    make_sink(SpoolAtHand("disk"))
+
+    with pytest.raises(Fenced):
+        first.store(batch(entry(1, 1)))
+
+
+def test_the_disk_is_released_by_its_owner_only(connection, make_sink):
+    first = make_sink(SpoolAtHand("disk"))
+    second = make_sink(SpoolAtHand("disk"))
+
+    first.release_spool()
+    assert owner(connection) == (2, 1, "disk")
+    second.release_spool()
+    assert owner(connection) == (2, 1, None)
