@@ -124,7 +124,7 @@ class Settings(BaseModel):
         None, description="Group of an MQTT 5 shared subscription, for several bridges side by side."
     )
     mqtt_retained: Annotated[Literal["once", "always", "never"], _LOWER] = Field(
-        "once", description="Whether replayed retained messages are stored: once, always or never."
+        "once", description="Whether replayed retained messages are stored: once for each filter, always or never."
     )
     mqtt_redelivery: Annotated[Literal["marked", "unmarked", "renumbered"], _LOWER] = Field(
         "marked",
