@@ -37,7 +37,18 @@ def test_under_kills_crashes_cuts_and_restarts_every_message_is_stored_exactly_o
     assert [result["comparison"][name] for name in ("lost", "duplicated", "different")] == [0, 0, 0]
     assert result["missed"] == {}
     assert result["recognised"] > 0
-    assert result["good"]
+    assert result["left_at_broker"] == 0
+    assert result["problems"] == []
+    assert code == 0
+
+
+def test_while_the_database_is_away_nothing_is_lost_not_even_by_a_kill_in_the_midst_of_it():
+    code, result = chaos("--quick", "--outage", "6", "--broker-restarts", "0")
+
+    assert result["faults"]["outage"] == 1
+    assert result["comparison"]["stored"] == 4000
+    assert result["drained"]["messages"] > 6 * 400 / 2
+    assert result["problems"] == []
     assert code == 0
 
 
@@ -47,4 +58,5 @@ def test_without_the_ledger_the_same_faults_bring_duplicates_and_lose_nothing():
     assert result["comparison"]["duplicated"] > 0
     assert result["comparison"]["lost"] == 0
     assert result["recognised"] == 0
+    assert result["problems"] == ["messages are stored twice"]
     assert code == 1
