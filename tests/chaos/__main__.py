@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "cuts": "RST cuts, of each link",
         "stalls": "silence and then a cut, of each link",
         "stall-s": "seconds of the longest silence of a stall",
+        "freezes": "one connection to the database goes silent, the others go on",
         "steals": "a second bridge takes over the client id for a moment",
         "db-delay-ms": "added to every packet between bridge and database",
         "broker-delay-ms": "added to every packet between bridge and broker",

@@ -56,6 +56,7 @@ class Faults:
             "cut_db": lambda: self._cut(stage.database_link, "database"),
             "stall_broker": lambda: self._stall(stage.broker_link, "broker", fault.seconds),
             "stall_db": lambda: self._stall(stage.database_link, "database", fault.seconds),
+            "freeze_db": lambda: self._freeze(stage.database_link),
             "steal": self._steal,
         }
         done = actions[fault.kind]()
@@ -140,6 +141,10 @@ class Faults:
         link.cut()
         link.resume()
         return True
+
+    def _freeze(self, link: Link) -> bool:
+        link.freezing = True
+        return self._wait(lambda: not link.freezing, timeout_s=RECOVER_S)
 
     # -- an outage goes on while other faults are done
 

@@ -54,7 +54,7 @@ class Proof:
         asked = self.parameters
         faults = asked.kills + asked.early_kills + asked.db_crashes + 2 * asked.cuts + asked.broker_restarts
         seconds = asked.messages / (1000.0 if asked.backlog else asked.rate)
-        return 600 + 3 * seconds + 20 * (faults + 3 * asked.stalls + 3 * asked.steals)
+        return 600 + 3 * seconds + 20 * (faults + 3 * (asked.stalls + asked.steals + asked.freezes))
 
 
 def proofs(*, minutes: float) -> list[Proof]:
@@ -120,6 +120,8 @@ def _special() -> Iterator[Proof]:
     yield Proof("stalls", "20,000 messages at 400/s, silent links", parameters)
     parameters = Parameters(messages=20_000, stalls=2, stall_s=100.0, **(NONE | {"kills": 1}))
     yield Proof("long-stalls", "20,000 messages at 400/s, links silent for longer than any time-out", parameters)
+    parameters = Parameters(messages=60_000, freezes=3, **(NONE | {"kills": 1}))
+    yield Proof("freezes", "60,000 messages at 400/s, single connections to the database silent for good", parameters)
     parameters = Parameters(messages=40_000, rate=400.0, qos0=0.3, **FAULTS)
     yield Proof("qos0", "40,000 messages at 400/s, a third of them QoS 0", parameters)
     for protocol in ("5", "3.1.1"):
@@ -266,6 +268,7 @@ _NAMES = {
     "cut_db": ("cut from the database", "cuts from the database"),
     "stall_broker": ("silence of the broker", "silences of the broker"),
     "stall_db": ("silence of the database", "silences of the database"),
+    "freeze_db": ("connection to the database frozen", "connections to the database frozen"),
     "steal": ("theft of the client id", "thefts of the client id"),
 }
 

@@ -27,9 +27,9 @@ class Result:
     repeated_by_publisher: int
     """A publisher's own repetition is a new message to everybody: it explains so many duplicates at most."""
     comparison: Comparison
-    reach: int
+    reach: int | None
     """How far a message may be overtaken by a later one of its device: as many as all workers have in their hands at
-    most, with batches of the usual size."""
+    most, with batches of the usual size. None where a worker may be held up while the others go on."""
     settled: bool
     """False where the last message was not stored although it was waited for."""
     left_at_broker: int | None
@@ -90,7 +90,7 @@ class Result:
 
     @property
     def _out_of_reach(self) -> bool:
-        return (self.comparison.displacement or 0) > self.reach
+        return self.reach is not None and (self.comparison.displacement or 0) > self.reach
 
     @property
     def good(self) -> bool:
@@ -144,7 +144,8 @@ class Result:
     def _shown_displacement(self) -> str:
         if self.comparison.displacement is None:
             return "unknown"
-        return f"by {self.comparison.displacement:,} messages at most, {self.reach:,} allowed"
+        allowed = "any number is" if self.reach is None else f"{self.reach:,} are"
+        return f"by {self.comparison.displacement:,} messages at most, {allowed} allowed"
 
     def _shown_drain(self) -> str:
         drained = self.drained

@@ -234,7 +234,7 @@ class Run:
             published_per_s=round(publisher.published / max(0.001, publishing_s), 1),
             repeated_by_publisher=publisher.repeated,
             comparison=self._compare(),
-            reach=Settings().bridge_batch_size * parameters.workers,
+            reach=None if parameters.freezes else Settings().bridge_batch_size * parameters.workers,
             settled=settled,
             left_at_broker=left_in_session(stage.broker, CLIENT_ID, protocol=parameters.protocol),
             account_problems=(*self._account_problems, *bridge.unbalanced, *thief.unbalanced),

@@ -20,9 +20,10 @@ Kind = Literal[
     "cut_db",
     "stall_broker",
     "stall_db",
+    "freeze_db",
     "steal",
 ]
-OF_THE_DATABASE: frozenset[Kind] = frozenset({"db_crash", "cut_db", "stall_db"})
+OF_THE_DATABASE: frozenset[Kind] = frozenset({"db_crash", "cut_db", "stall_db", "freeze_db"})
 """Faults that mean nothing while the database is away."""
 
 MARGIN_S = 2.0
@@ -53,6 +54,8 @@ class Parameters:
     """Silence, then RST."""
     stall_s: float = 4.0
     """The longest silence of a stall."""
+    freezes: int = 0
+    """One connection to the database goes silent, whoever has just said something on it; the others go on."""
     steals: int = 0
     """A second bridge takes over the client id for a moment."""
     db_delay_ms: float = 0.0
@@ -107,6 +110,7 @@ def schedule(parameters: Parameters) -> list[Fault]:
         "cut_db": parameters.cuts,
         "stall_broker": parameters.stalls,
         "stall_db": parameters.stalls,
+        "freeze_db": parameters.freezes,
         "steal": parameters.steals,
         "early_kill": parameters.early_kills,
     }

@@ -53,7 +53,8 @@ class Stage:
         """Ports of broker and database for the bridge. Without faults of the links it goes there directly: a proxy
         in Python would be what is measured."""
         parameters = self.parameters
-        if not (parameters.cuts or parameters.stalls or parameters.db_delay_ms or parameters.broker_delay_ms):
+        faults = parameters.cuts or parameters.stalls or parameters.freezes
+        if not (faults or parameters.db_delay_ms or parameters.broker_delay_ms):
             return self.broker.port, self.postgres.port
         self.broker_link, self.database_link = (
             stack.enter_context(Link("127.0.0.1", port, delay_s=delay_ms / 1000))

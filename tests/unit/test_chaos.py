@@ -4,17 +4,23 @@ falls where it means nothing."""
 from __future__ import annotations
 
 import itertools
+import socket
+import socketserver
+import threading
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
 from tests.chaos.__main__ import _parser
 from tests.chaos.comparison import Comparison, compare, displacement
 from tests.chaos.drain import Drain
+from tests.chaos.link import Link
 from tests.chaos.proofs import Outcome, options, proofs, table
 from tests.chaos.publisher import CYCLE, END, reading
 from tests.chaos.schedule import OF_THE_DATABASE, Parameters, schedule
 from tests.chaos.store import Row
+from tests.waiting import wait_until
 
 # -- the comparison
 
@@ -149,6 +155,51 @@ def test_an_outage_is_in_the_middle_with_a_kill_in_its_middle_and_no_other_fault
 def test_an_outage_that_is_longer_than_the_messages_last_is_refused():
     assert "at least" in (Parameters(messages=1000, rate=100.0, outage=10.0).problem or "")
     assert Parameters(messages=2000, rate=100.0, outage=10.0).problem is None
+
+
+# -- a link
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    """To a server that sends everything back, on any number of connections."""
+
+    class Echo(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while data := self.request.recv(1024):
+                self.request.sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        with Link("127.0.0.1", server.server_address[1]) as link:
+            yield link
+        server.shutdown()
+        thread.join()
+
+
+def test_what_is_sent_on_a_frozen_connection_never_arrives_while_others_go_on(link):
+    with connected(link) as frozen, connected(link) as other:
+        assert ask(frozen, b"1") == ask(other, b"2") == b"echo"
+
+        link.freezing = True
+        frozen.sendall(b"lost")
+        wait_until(lambda: not link.freezing, what="something to be sent")
+
+        assert ask(other, b"3") == b"echo"
+        frozen.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            frozen.recv(1)
+
+
+def connected(link: Link) -> socket.socket:
+    return socket.create_connection((link.host, link.port), timeout=5)
+
+
+def ask(connection: socket.socket, data: bytes) -> bytes:
+    """`echo` where the data come back."""
+    connection.sendall(data)
+    return b"echo" if connection.recv(1024) == data else b"something else"
 
 
 # -- the drain
