@@ -2,7 +2,8 @@
 
 A fault waits until the bridge has recovered from the one before so far that it can be hit: a connection to cut, a
 process that receives. When it has not within `RECOVER_S`, the fault counts as missed. While the database is away there
-may be nothing to hit for long: what finds nothing then is skipped, and counted apart.
+may be nothing to hit for long, nor is there when a backlog is worked off: what finds nothing then is skipped, and
+counted apart.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Faults:
         self.done: Counter[Kind] = Counter()
         self.missed: Counter[Kind] = Counter()
         self.skipped: Counter[Kind] = Counter()
-        """Nothing to hit, since the database was away."""
+        """Nothing to hit, since the database was away, or all of a backlog stored."""
 
     def do(self, fault: Fault) -> None:
         """Do it, and count it."""
@@ -60,7 +61,18 @@ class Faults:
             "steal": self._steal,
         }
         done = actions[fault.kind]()
-        (self.done if done else self.skipped if self.outage else self.missed)[fault.kind] += 1
+        (self.done if done else self.skipped if self._nothing_to_hit else self.missed)[fault.kind] += 1
+
+    @property
+    def _nothing_to_hit(self) -> bool:
+        return self.outage or self._worked_off
+
+    @property
+    def _worked_off(self) -> bool:
+        """Whether all of a backlog is stored."""
+        publisher = self._stage.publisher
+        published = publisher.published - publisher.unacknowledged
+        return self._stage.parameters.backlog and self._stage.store.stored >= published
 
     def _recovered(self, question: Callable[[dict[str, Any]], bool]) -> bool:
         """Whether the bridge says yes, in the time it is given."""
@@ -73,7 +85,11 @@ class Faults:
 
     def _receives(self) -> bool:
         """Whether it has received messages; without a database it is enough that it is there."""
-        return self._recovered(lambda status: bool(status["messages"]["received"]) or self.outage)
+
+        def receives(status: dict[str, Any]) -> bool:
+            return bool(status["messages"]["received"]) or self._nothing_to_hit
+
+        return self._recovered(receives) and not self._worked_off
 
     # -- the bridge
 

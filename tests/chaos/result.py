@@ -41,7 +41,7 @@ class Result:
     missed: dict[str, int]
     """Not done, since the bridge had not recovered from the fault before within the time allowed."""
     skipped: dict[str, int]
-    """Not done, since there was nothing to hit while the database was away."""
+    """Not done, since there was nothing to hit: the database was away, or all of a backlog stored."""
     recognised: int
     """Redeliveries that the bridge was seen to have recognised, at least."""
     commits_in_doubt: int

@@ -33,6 +33,8 @@ STUCK_S = 120.0
 """Without a message published for so long, although it should be, the run fails."""
 SETTLE_S = 60.0
 """Without any progress for so long, the end is not waited for any more."""
+REFUSED = 2
+"""The exit code of a bridge whose settings are wrong: it would end the same way each time."""
 LAST_MESSAGES = 200
 """Received by the last process."""
 SHOW_EVERY_S = 1.0
@@ -141,7 +143,8 @@ class Run:
 
     def _revive(self) -> None:
         if self._wanted and not self._stage.bridge.running:
-            self._stage.bridge.note_end()
+            code = self._stage.bridge.note_end()
+            self._require(code != REFUSED, "the bridge to take its settings")
             self._stage.bridge.start()
 
     def _note_the_drain(self) -> None:
