@@ -34,6 +34,8 @@ class Result:
     """False where the last message was not stored although it was waited for."""
     left_at_broker: int | None
     """What the broker would deliver to the bridge's session once more; None where it had no such session."""
+    left_in_spool: int
+    """What waits in the spool, or was set aside in it, when the bridge has left."""
     account_problems: tuple[str, ...]
     """Where the account did not balance, or the last process counted something else than there was."""
     faults: dict[str, int]
@@ -68,7 +70,7 @@ class Result:
     def exact(self) -> bool:
         """Whether everything is stored exactly once, and nothing is left that would be stored again."""
         counts = self.comparison
-        return not (counts.lost or counts.duplicated or counts.different or self.left_at_broker)
+        return not (counts.lost or counts.duplicated or counts.different or self.left_at_broker or self.left_in_spool)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -80,6 +82,7 @@ class Result:
             "it was still not done at the end": not self.settled,
             "the broker would deliver messages again": self.left_at_broker,
             "the broker has no session of the bridge": self.left_at_broker is None,
+            "messages are left in the spool": self.left_in_spool,
             "the account is wrong": self.account_problems,
             "faults were missed": self.missed,
             "the bridge has logged tracebacks": self.tracebacks,
@@ -124,6 +127,7 @@ class Result:
             ("different", f"{counts.different:,}"),
             ("QoS 0 lost", f"{counts.qos0_lost:,}"),
             ("left at the broker", "no session" if self.left_at_broker is None else f"{self.left_at_broker}"),
+            ("left in the spool", f"{self.left_in_spool}"),
             ("overtaken", self._shown_displacement()),
             ("redeliveries recognised", f"{self.recognised:,} at least"),
             ("commits in doubt", f"{self.commits_in_doubt} had happened"),

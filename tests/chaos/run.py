@@ -21,10 +21,10 @@ from mqtt_bridge.settings import Settings
 from tests.chaos.comparison import Comparison, compare
 from tests.chaos.drain import Drain
 from tests.chaos.faults import POLL_S, Faults
+from tests.chaos.leftovers import left_in_session, left_in_spool
 from tests.chaos.machine import this_machine
 from tests.chaos.result import Result
 from tests.chaos.schedule import Fault, Parameters, schedule
-from tests.chaos.session import left_in_session
 from tests.chaos.stage import CLIENT_ID, Stage
 
 AHEAD_S = 4.0
@@ -240,6 +240,7 @@ class Run:
             reach=None if parameters.freezes else Settings().bridge_batch_size * parameters.workers,
             settled=settled,
             left_at_broker=left_in_session(stage.broker, CLIENT_ID, protocol=parameters.protocol),
+            left_in_spool=left_in_spool(stage.spool_directory),
             account_problems=(*self._account_problems, *bridge.unbalanced, *thief.unbalanced),
             faults=dict(faults.done),
             missed=dict(faults.missed),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Self
 
 from mqtt_bridge.tools.embedded import Broker, Postgres
@@ -31,6 +32,11 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @property
+    def spool_directory(self) -> Path:
+        """Where the spool is, if there is one. It lives as long as the run, over any number of kills."""
+        return self.bridge.directory / "spool"
 
     @property
     def broker_log(self) -> str:
@@ -85,7 +91,7 @@ class Stage:
         if self.parameters.spool != "off":
             settings = {
                 "BRIDGE_SPOOL": self.parameters.spool,
-                "BRIDGE_SPOOL_DIR": self.bridge.directory / "spool",
+                "BRIDGE_SPOOL_DIR": self.spool_directory,
                 "BRIDGE_SPOOL_MAX_MB": self.parameters.spool_max_mb,
             }
             for bridge in (self.bridge, self.thief):

@@ -1,17 +1,22 @@
-"""What the broker still holds for the bridge when the bridge has left: it should be nothing.
+"""What broker and spool still hold when the bridge has left: it should be nothing.
 
 A message whose PUBACK never arrived would come again at the next start: a duplicate that no comparison has seen yet.
+So would one that was stored, and is still in the spool.
 """
 
 from __future__ import annotations
 
+import sqlite3
 import threading
+from contextlib import closing
+from pathlib import Path
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from mqtt_bridge.spool import FILE_NAME
 from mqtt_bridge.tools.embedded import Broker
 
 TIMEOUT_S = 20.0
@@ -25,6 +30,21 @@ def left_in_session(broker: Broker, client_id: str, *, protocol: str) -> int | N
     session = _Session(client_id, protocol)
     session.take_over(broker)
     return session.messages if session.present else None
+
+
+def left_in_spool(directory: Path) -> int:
+    """Messages that wait in a spool, or were set aside in it as damaged; 0 where there is none.
+
+    Nobody may have it open. Read without the bridge's own code, which would tell us what it believes.
+    """
+    if not (directory / FILE_NAME).exists():
+        return 0
+    with closing(sqlite3.connect(directory / FILE_NAME)) as database:
+        waiting, damaged = (
+            database.execute(f"SELECT coalesce(sum(count), 0) FROM {table}").fetchone()[0]
+            for table in ("batches", "damaged")
+        )
+    return int(waiting) + int(damaged)
 
 
 class _Session:
