@@ -37,7 +37,18 @@ def test_under_kills_crashes_cuts_and_restarts_every_message_is_stored_exactly_o
     assert [result["comparison"][name] for name in ("lost", "duplicated", "different")] == [0, 0, 0]
     assert result["missed"] == {}
     assert result["recognised"] > 0
-    assert result["good"]
+    assert result["left_at_broker"] == 0
+    assert result["problems"] == []
+    assert code == 0
+
+
+def test_while_the_database_is_away_nothing_is_lost_not_even_by_a_kill_in_the_midst_of_it():
+    code, result = chaos("--quick", "--outage", "6", "--broker-restarts", "0")
+
+    assert result["faults"]["outage"] == 1
+    assert result["comparison"]["stored"] == 4000
+    assert result["drained"]["messages"] > 6 * 400 / 2
+    assert result["problems"] == []
     assert code == 0
 
 
@@ -47,4 +58,25 @@ def test_without_the_ledger_the_same_faults_bring_duplicates_and_lose_nothing():
     assert result["comparison"]["duplicated"] > 0
     assert result["comparison"]["lost"] == 0
     assert result["recognised"] == 0
+    assert result["problems"] == ["messages are stored twice"]
     assert code == 1
+
+
+def test_with_a_spool_for_outages_nothing_is_lost_or_stored_twice_when_the_bridge_is_killed_while_it_spools():
+    # A full queue begins to spool at once, a roomy one after ten seconds.
+    code, result = chaos("--quick", "--spool", "outage", "--full-queue", "--outage", "6", "--broker-restarts", "0")
+
+    assert result["faults"]["outage"] == 1
+    assert result["spool_messages"] > 0
+    assert result["comparison"]["stored"] == 4000
+    assert result["problems"] == []
+    assert code == 0
+
+
+def test_with_everything_spooled_kills_and_crashes_of_the_database_lose_nothing_and_store_nothing_twice():
+    code, result = chaos("--quick", "--spool", "always", "--outage", "4")
+
+    assert result["spool_messages"] > 0
+    assert result["comparison"]["stored"] == 4000
+    assert result["problems"] == []
+    assert code == 0

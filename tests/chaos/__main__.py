@@ -20,6 +20,7 @@ QUICK: dict[str, Any] = {
     "messages": 4000,
     "rate": 400.0,
     "kills": 3,
+    "early_kills": 1,
     "db_crashes": 1,
     "cuts": 2,
     "broker_restarts": 1,
@@ -34,10 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is taken down
     parameters = Parameters(**{field.name: getattr(options, field.name) for field in fields(Parameters)})
+    if parameters.problem:
+        _parser().error(parameters.problem)
     run = Run(parameters, show=_Progress())
-    result = run.run()
-    if options.log:
-        options.log.write_text(run.log)
+    try:
+        result = run.run()
+    finally:
+        if options.log:
+            options.log.write_text(run.log)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(json.dumps(result.as_json(), indent=2) if options.json else result.table())
@@ -63,17 +68,30 @@ def _parser() -> argparse.ArgumentParser:
         "rate": "how many a second",
         "seed": "of the schedule of faults",
         "kills": "kill -9 of the bridge",
+        "early-kills": "kill -9 of the bridge, and again while it starts",
         "db-crashes": "immediate restarts of PostgreSQL",
+        "outage": "seconds without a database in the middle of the run",
         "broker-restarts": "SIGTERM and start of the broker",
         "cuts": "RST cuts, of each link",
-        "stalls": "seconds of silence and then a cut, of each link",
+        "stalls": "silence and then a cut, of each link",
+        "stall-s": "seconds of the longest silence of a stall",
+        "freezes": "one connection to the database goes silent, the others go on",
         "steals": "a second bridge takes over the client id for a moment",
         "db-delay-ms": "added to every packet between bridge and database",
+        "broker-delay-ms": "added to every packet between bridge and broker",
+        "qos0": "share of the messages with QoS 0: they may be lost, but not stored twice",
         "workers": "BRIDGE_WORKERS",
+        "spool-max-mb": "BRIDGE_SPOOL_MAX_MB",
     }.items():
         default = getattr(usual, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=type(default), default=default, metavar="N", help=explained)
-    parser.add_argument("--payload", choices=["unique", "constant"], default=usual.payload, help="of the messages")
+    parser.add_argument(
+        "--payload",
+        choices=["unique", "constant", "cyclic"],
+        default=usual.payload,
+        help="each its own, all the same, or the same again whenever packet ids have wrapped",
+    )
+    parser.add_argument("--spool", choices=["off", "outage", "always"], default=usual.spool, help="BRIDGE_SPOOL")
     parser.add_argument("--protocol", choices=["5", "3.1.1"], default=usual.protocol, help="MQTT_PROTOCOL")
     for name, explained in {
         "full-queue": "a queue that is full most of the time",

@@ -1,11 +1,13 @@
 """`mqtt-bridge run` as a process that never outlives the run, not even when the run is killed.
 
-Its guardian is that of the embedded servers; it runs as whoever runs the tests.
+Its guardian is that of the embedded servers; it runs as whoever runs the tests. Its folder, and a spool in it, live as
+long as the run does, over any number of processes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import urllib.request
@@ -25,27 +27,30 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Bridge:
-    """One bridge, started again and again. Remembers how each of its processes ended, and the most that one used."""
+    """One bridge, started again and again. Remembers how each of its processes ended, and what they used."""
 
     def __init__(self, name: str, *, without_ledger: bool = False, **settings: object) -> None:
-        port = free_port()
-        self._url = f"http://127.0.0.1:{port}/api/status"
-        module = "tests.chaos.without_ledger" if without_ledger else "mqtt_bridge"
-        variables = environment(**settings, HTTP_PORT=port) | {"PYTHONPATH": str(ROOT)}
-        self._command = [
-            "env",
-            "-i",
-            *(f"{variable}={value}" for variable, value in variables.items()),
-            *(sys.executable, "-W", "always", "-m", module, "run"),
-        ]
+        self.settings: dict[str, object] = {"HTTP_PORT": free_port()} | settings
+        """May be changed before a start."""
+        self._module = "tests.chaos.without_ledger" if without_ledger else "mqtt_bridge"
         self._guarded = GuardedServer(None, name=name, stop_signal=signal.SIGKILL)
         self._guarded.account = Account()
         self.exits: Counter[int] = Counter()
         """Exit codes of all processes so far; -9 is kill -9."""
         self.recognised = 0
         """Redeliveries that the processes before the present one had counted when they were last asked."""
-        self.largest_rss_bytes = 0
-        self._last_status: dict[str, Any] | None = None
+        self.unbalanced: list[str] = []
+        """Accounts that did not balance."""
+        self.largest_spool_messages = 0
+        self.largest_spool_bytes = 0
+        self.peak_rss_bytes = 0
+        """Of the process that used most."""
+        self.rss_bytes = 0
+        """Of the present process, when it was last looked at."""
+        self._cpu_s_before = 0.0  # of the processes before the present one
+        self._cpu_s = 0.0
+        self.last_status: dict[str, Any] | None = None
+        """Of the present process."""
 
     def __enter__(self) -> Self:
         self._guarded.open()
@@ -53,6 +58,11 @@ class Bridge:
 
     def __exit__(self, *_: object) -> None:
         self._guarded.close()
+
+    @property
+    def directory(self) -> Path:
+        """A folder of the run's own, which its processes may write to."""
+        return self._guarded.directory
 
     @property
     def running(self) -> bool:
@@ -65,9 +75,16 @@ class Bridge:
         path = self._guarded.directory / "server.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of all its processes, each up to when it was last looked at."""
+        return self._cpu_s_before + self._cpu_s
+
     def start(self) -> None:
         """Start it; returns at once."""
-        self._guarded.launch(*self._command)
+        variables = environment(**self.settings) | {"PYTHONPATH": str(ROOT)}
+        settings = [f"{variable}={value}" for variable, value in variables.items()]
+        self._guarded.launch("env", "-i", *settings, sys.executable, "-W", "always", "-m", self._module, "run")
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -85,25 +102,43 @@ class Bridge:
         """Wait for the end of the process; its exit code."""
         code = self._guarded.wait(timeout_s)
         self.exits[code] += 1
-        self.recognised += self._last_status["messages"]["duplicate"] if self._last_status else 0
-        self._last_status = None
+        self.recognised += self.last_status["messages"]["duplicate"] if self.last_status else 0
+        self.last_status = None
+        self._cpu_s_before, self._cpu_s = self.cpu_s, 0.0
         return code
 
     def observe(self) -> dict[str, Any] | None:
-        """What it says of itself, None where it does not answer; remembers memory and redeliveries."""
-        self._observe_memory()
+        """What it says of itself, None where it does not answer; remembers what is to be remembered."""
+        self._observe_process()
         try:
-            with _OPENER.open(self._url, timeout=5) as answer:
-                self._last_status = json.load(answer)
+            with _OPENER.open(f"http://127.0.0.1:{self.settings['HTTP_PORT']}/api/status", timeout=5) as answer:
+                status: dict[str, Any] = json.load(answer)
         except (OSError, ValueError):
             return None
-        return self._last_status
+        self.last_status = status
+        self._check_balance(status["messages"])
+        self.largest_spool_messages = max(self.largest_spool_messages, status["spool"]["messages"])
+        self.largest_spool_bytes = max(self.largest_spool_bytes, status["spool"]["bytes"])
+        return status
 
-    def _observe_memory(self) -> None:
+    def _check_balance(self, messages: dict[str, int]) -> None:
+        if messages["received"] != sum(messages.values()) - messages["received"]:
+            self.unbalanced.append(str(messages))
+
+    def _observe_process(self) -> None:
+        """Memory of the whole process (proc(5): VmHWM, VmRSS) and its CPU time; nothing where there is no /proc."""
         try:
-            lines = Path(f"/proc/{self._guarded.pid}/status").read_text().splitlines()
-        except OSError:  # it has ended, or this system has no /proc
+            status = Path(f"/proc/{self._guarded.pid}/status").read_text()
+            times = Path(f"/proc/{self._guarded.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
             return
-        for line in lines:
-            if line.startswith("VmHWM:"):
-                self.largest_rss_bytes = max(self.largest_rss_bytes, int(line.split()[1]) * 1024)
+        memory = dict(line.split(":", 1) for line in status.splitlines())
+        if "VmRSS" in memory:  # not of a zombie
+            self.rss_bytes = _kilobytes(memory["VmRSS"])
+            self.peak_rss_bytes = max(self.peak_rss_bytes, _kilobytes(memory["VmHWM"]))
+            self._cpu_s = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _kilobytes(text: str) -> int:
+    """`    1234 kB` in bytes."""
+    return int(text.split()[0]) * 1024

@@ -1,8 +1,12 @@
-"""One run: servers, links, publisher and bridge; the faults of the schedule, one after the other; the comparison.
+"""One run: the faults of the schedule, one after the other, while messages are published; then the comparison.
 
 The publisher runs ahead by a few seconds of messages at most, so that no fault falls into silence.
-A fault is done when the bridge has recovered from the one before so far that it can be hit (a connection to cut, a
-process that receives); when it has not within `RECOVER_S`, the fault is counted as missed.
+
+At the end, when everything is settled, the bridge is killed once more and a last process receives some more messages:
+what was wrongly forgotten would now be delivered again and show as a duplicate, and what this process counts is known
+beforehand. When it has left, somebody else asks the broker for what it still holds.
+
+Nothing is waited for without an end: without progress for `STUCK_S` or `SETTLE_S` the run fails, or ends and says so.
 
 Everything runs in the caller's thread but for what publisher and proxies do in their own.
 """
@@ -10,30 +14,36 @@ Everything runs in the caller's thread but for what publisher and proxies do in 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
-import psycopg2
-
-from mqtt_bridge.tools.embedded import Broker, Postgres
-from tests.acceptance.traffic import query
-from tests.chaos.bridge import Bridge
-from tests.chaos.link import Link
-from tests.chaos.publisher import END, Publisher
-from tests.chaos.result import Result, compare
-from tests.chaos.schedule import Fault, Kind, Parameters, schedule
+from mqtt_bridge.settings import Settings
+from tests.chaos.comparison import Comparison, compare
+from tests.chaos.drain import Drain
+from tests.chaos.faults import POLL_S, Faults
+from tests.chaos.leftovers import left_in_session, left_in_spool
+from tests.chaos.machine import this_machine
+from tests.chaos.result import Result
+from tests.chaos.schedule import Fault, Parameters, schedule
+from tests.chaos.stage import CLIENT_ID, Stage
 
 AHEAD_S = 4.0
 """How far the publisher may run ahead of a fault, in seconds of its rate."""
-RECOVER_S = 20.0
+STUCK_S = 120.0
+"""Without a message published for so long, although it should be, the run fails."""
 SETTLE_S = 60.0
 """Without any progress for so long, the end is not waited for any more."""
-POLL_S = 0.05
+REFUSED = 2
+"""The exit code of a bridge whose settings are wrong: it would end the same way each time."""
+LAST_MESSAGES = 200
+"""Received by the last process."""
 SHOW_EVERY_S = 1.0
 
 Show = Callable[[str], None]
+
+
+class Stuck(Exception):
+    """The run cannot go on: not the bridge is to blame, but what it runs with. The message says where."""
 
 
 class Run:
@@ -44,82 +54,51 @@ class Run:
         self._show = show
         self._shown_s = 0.0
         self._wanted = True  # the bridge is meant to run
-        self._done: Counter[Kind] = Counter()
-        self._missed: Counter[Kind] = Counter()
+        self._stage = Stage(parameters)
+        self._faults = Faults(self._stage, self._wait)
+        self._drain: Drain | None = None
+        self._account_problems: list[str] = []
+        self._final_rss_bytes = 0
         self.log = ""
-        """What the bridges wrote, once `run` has returned."""
+        """What the bridges wrote, once `run` has ended, however it did."""
 
     def run(self) -> Result:
         """Take everything up, do it, compare, take everything down."""
         began_s = time.monotonic()
-        with ExitStack() as stack:
-            self._take_up(stack)
-            self._bridge.start()
-            self._wait_until_ready()
-            faults = schedule(self._parameters)
-            if self._parameters.backlog:
-                self._publish_a_backlog()
-            for fault, following in zip(faults, [*faults[1:], None], strict=True):
-                self._go_on_until(fault.at, ahead_to=following.at if following else self._parameters.messages)
-                self._do(fault)
-            self._go_on_until(self._parameters.messages)
-            self._publisher.finish()
-            settled = self._settle()
-            self._stop_the_bridge()
-            return self._result(settled=settled, seconds=time.monotonic() - began_s)
+        with self._stage as stage:
+            try:
+                stage.bridge.start()
+                self._require(self._is_ready(), "the bridge to be ready")
+                if self._parameters.backlog:
+                    self._publish_a_backlog()
+                self._go_through(schedule(self._parameters))
+                stage.publisher.end(1)
+                settled = self._settle()
+                if settled:
+                    self._try_a_last_process()
+                self._stop_the_bridge()
+                return self._result(settled=settled, seconds=time.monotonic() - began_s)
+            finally:
+                self.log = stage.bridge.log + stage.thief.log
 
-    # -- taking it up
-
-    def _take_up(self, stack: ExitStack) -> None:
-        parameters = self._parameters
-        self._postgres = stack.enter_context(Postgres())
-        self._broker = stack.enter_context(Broker())
-        self._database = self._postgres.dsn()
-        ports = self._broker.port, self._postgres.port
-        if parameters.cuts or parameters.stalls or parameters.db_delay_ms:
-            self._broker_link = stack.enter_context(Link("127.0.0.1", self._broker.port))
-            self._database_link = stack.enter_context(
-                Link("127.0.0.1", self._postgres.port, delay_s=parameters.db_delay_ms / 1000)
-            )
-            ports = self._broker_link.port, self._database_link.port
-        self._bridge = stack.enter_context(self._make_bridge("chaos-bridge", *ports))
-        self._thief = stack.enter_context(self._make_bridge("chaos-thief", *ports))
-        rate = None if parameters.backlog else parameters.rate
-        self._publisher = stack.enter_context(Publisher(self._broker, payload=parameters.payload, rate=rate))
-
-    def _make_bridge(self, name: str, broker_port: int, database_port: int) -> Bridge:
-        parameters = self._parameters
-        tiny = {"BRIDGE_QUEUE_SIZE": 100, "BRIDGE_BATCH_SIZE": 20} if parameters.full_queue else {}
-        return Bridge(
-            name,
-            without_ledger=parameters.without_ledger,
-            DATABASE_URL=self._database.replace(f":{self._postgres.port}/", f":{database_port}/"),
-            MQTT_HOST="127.0.0.1",
-            MQTT_PORT=broker_port,
-            MQTT_PROTOCOL=parameters.protocol,
-            MQTT_TOPICS="chaos/{device}/telemetry",
-            MQTT_CLIENT_ID="chaos-bridge",
-            BRIDGE_WORKERS=parameters.workers,
-            **tiny,
-        )
-
-    def _wait_until_ready(self) -> None:
-        ready = self._wait(lambda: (self._bridge.observe() or {}).get("reasons") == [], timeout_s=60.0)
-        if not ready:
-            raise AssertionError(f"The bridge did not become ready:\n{self._bridge.log}")
+    # -- going on
 
     def _publish_a_backlog(self) -> None:
         self._stop_the_bridge()
         self._wanted = False
-        messages = self._parameters.messages
-        self._publisher.allow(messages)
-        self._wait(lambda: self._publisher.published >= messages, timeout_s=600.0)
-        self._publisher.leave()
-        self._publisher.join()
+        self._publish(self._parameters.messages)
+        self._stage.publisher.leave()
+        self._stage.publisher.join()
         self._wanted = True
-        self._bridge.start()
+        self._drain = Drain(stored=0)
+        self._stage.bridge.start()
 
-    # -- going on
+    def _go_through(self, faults: list[Fault]) -> None:
+        for fault, following in zip(faults, [*faults[1:], None], strict=True):
+            self._go_on_until(fault.at, ahead_to=following.at if following else self._parameters.messages)
+            self._faults.do(fault)
+        self._go_on_until(self._parameters.messages)
+        self._faults.wait_for_the_end_of_the_outage()
 
     def _go_on_until(self, count: int, *, ahead_to: int = 0) -> None:
         """Until so many messages are published (of a backlog: stored), or nothing goes on any more.
@@ -129,164 +108,163 @@ class Run:
         """
         if self._parameters.backlog:
             if count < self._parameters.messages:
-                self._wait(lambda: self._count_stored() >= count, timeout_s=SETTLE_S)
+                self._wait(lambda: self._stage.store.stored >= count, timeout_s=SETTLE_S)
             return
         rate = int(self._parameters.rate)
         ahead = max(count + rate, min(ahead_to, int(count + AHEAD_S * rate)))
-        self._publisher.allow(min(ahead, self._parameters.messages))
-        self._wait(lambda: self._publisher.published >= count, timeout_s=None)
+        self._publish(count, ahead_to=ahead)
 
-    def _wait(self, predicate: Callable[[], bool], *, timeout_s: float | None) -> bool:
-        """Whether it came true in time. Starts the bridge again where it has ended, as a supervisor would."""
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    def _publish(self, count: int, *, ahead_to: int = 0) -> None:
+        """Until so many messages are published; then the publisher goes on to `ahead_to` by itself."""
+        publisher = self._stage.publisher
+        publisher.allow(min(max(count, ahead_to), self._parameters.messages))
+        while publisher.published < count:
+            before = publisher.published
+            self._require(self._wait(lambda: publisher.published > before, timeout_s=STUCK_S), "the publisher")  # noqa: B023
+
+    def _wait(self, predicate: Callable[[], bool], *, timeout_s: float) -> bool:
+        """Whether it came true in time. Meanwhile looks after everything else."""
+        deadline_s = time.monotonic() + timeout_s
         while not predicate():
-            if deadline_s is not None and time.monotonic() > deadline_s:
+            if time.monotonic() > deadline_s:
                 return False
-            self._revive()
-            self._show_progress()
+            self._look_after()
             time.sleep(POLL_S)
         return True
 
+    def _look_after(self) -> None:
+        """Start the bridge again where it has ended, as a supervisor would; end an outage; note what goes on."""
+        self._stage.publisher.check()
+        self._revive()
+        if self._faults.end_the_outage_when_due():
+            self._drain = Drain(stored=self._stage.store.stored)
+        self._note_the_drain()
+        self._show_progress()
+
     def _revive(self) -> None:
-        if self._wanted and not self._bridge.running:
-            self._bridge.note_end()
-            self._bridge.start()
+        if self._wanted and not self._stage.bridge.running:
+            code = self._stage.bridge.note_end()
+            self._require(code != REFUSED, "the bridge to take its settings")
+            self._stage.bridge.start()
+
+    def _note_the_drain(self) -> None:
+        if self._drain is not None and self._drain.drained is None:
+            publisher = self._stage.publisher
+            # What was published in the last half second is under way at any time.
+            behind = 0 if self._parameters.backlog else int(self._parameters.rate / 2)
+            wanted = publisher.published - publisher.unacknowledged - behind
+            self._drain.note(stored=self._stage.store.stored, wanted=wanted)
 
     def _show_progress(self) -> None:
         if time.monotonic() - self._shown_s < SHOW_EVERY_S:
             return
         self._shown_s = time.monotonic()
-        self._bridge.observe()
-        done = ", ".join(f"{kind} {count}" for kind, count in self._done.items())
+        self._stage.bridge.observe()
+        done = ", ".join(f"{kind} {count}" for kind, count in self._faults.done.items())
         self._show(
-            f"published {self._publisher.published:,} of {self._parameters.messages:,}, "
-            f"stored {self._count_stored():,}; {done or 'no fault yet'}"
+            f"published {self._stage.publisher.published:,} of {self._parameters.messages:,}, "
+            f"stored {self._stage.store.stored:,}; {done or 'no fault yet'}"
         )
 
-    def _count_stored(self) -> int:
-        """-1 where the database does not answer."""
-        try:
-            return int(query(self._database, "SELECT count(*) FROM readings WHERE device <> %s", END)[0][0])
-        except psycopg2.Error:
-            return -1
-
-    # -- faults
-
-    def _do(self, fault: Fault) -> None:
-        actions: dict[Kind, Callable[[], bool]] = {
-            "kill": self._kill,
-            "db_crash": self._crash_the_database,
-            "broker_restart": self._restart_the_broker,
-            "cut_broker": lambda: self._cut(self._broker_link, "broker"),
-            "cut_db": lambda: self._cut(self._database_link, "database"),
-            "stall_broker": lambda: self._stall(self._broker_link, "broker", fault.seconds),
-            "stall_db": lambda: self._stall(self._database_link, "database", fault.seconds),
-            "steal": self._steal,
-        }
-        done = actions[fault.kind]()
-        (self._done if done else self._missed)[fault.kind] += 1
-
-    def _recovered(self, question: Callable[[dict[str, Any]], bool]) -> bool:
-        """Whether the bridge says yes, in the time it is given."""
-
-        def answer() -> bool:
-            status = self._bridge.observe()
-            return status is not None and question(status)
-
-        return self._wait(answer, timeout_s=RECOVER_S)
-
-    def _receives(self) -> bool:
-        return self._recovered(lambda status: status["messages"]["received"] > 0)
-
-    def _kill(self) -> bool:
-        if not self._receives():
-            return False
-        self._bridge.kill()
-        self._bridge.start()
-        return True
-
-    def _crash_the_database(self) -> bool:
-        self._postgres.restart("immediate")
-        return True
-
-    def _restart_the_broker(self) -> bool:
-        allowed = self._publisher.leave()
-        self._broker.restart()
-        self._publisher.join()
-        self._publisher.allow(allowed)
-        return True
-
-    def _cut(self, link: Link, side: str) -> bool:
-        if not self._recovered(lambda status: status[side]["connected"] and link.connections > 0):
-            return False
-        link.cut()
-        return True
-
-    def _stall(self, link: Link, side: str, seconds: float) -> bool:
-        if not self._recovered(lambda status: status[side]["connected"] and link.connections > 0):
-            return False
-        link.stall()
-        self._wait(lambda: False, timeout_s=seconds)
-        link.cut()
-        link.resume()
-        return True
-
-    def _steal(self) -> bool:
-        """A second bridge takes over; the first has to go. Then the second goes, and the first comes back."""
-        if not self._receives():
-            return False
-        self._thief.start()
-        first_s = time.monotonic()
-        while self._bridge.running and time.monotonic() < first_s + RECOVER_S:
-            self._publisher.allow(min(self._publisher.published + 200, self._parameters.messages))
-            time.sleep(POLL_S)
-        robbed = not self._bridge.running
-        if robbed:
-            self._bridge.note_end()
-        else:
-            self._bridge.kill()
-        self._thief.stop()
-        self._bridge.start()
-        return robbed
+    def _require(self, reached: bool, what: str) -> None:
+        if not reached:
+            raise Stuck(f"Waited for {what}, in vain. The bridge said:\n{self._stage.bridge.log[-4000:]}")
 
     # -- the end
 
-    def _settle(self) -> bool:
-        """Whether the very last message was stored, and nothing is in flight; waits as long as there is progress."""
-        stored = self._count_stored()
-        while not self._wait(lambda: self._settled() or self._count_stored() > stored, timeout_s=SETTLE_S):
-            return False
-        return self._settled() or self._settle()
+    def _is_ready(self) -> bool:
+        bridge = self._stage.bridge
+        return self._wait(lambda: (bridge.observe() or {}).get("reasons") == [], timeout_s=SETTLE_S)
 
-    def _settled(self) -> bool:
-        try:
-            ended = query(self._database, "SELECT 1 FROM readings WHERE device = %s LIMIT 1", END)
-        except psycopg2.Error:
+    def _settle(self) -> bool:
+        """Whether the very last message was stored, and nothing is under way; waits as long as there is progress."""
+        while not self._is_settled():
+            before = self._progress()
+            if not self._wait(lambda: self._is_settled() or self._progress() != before, timeout_s=SETTLE_S):  # noqa: B023
+                return False
+        self._final_rss_bytes = self._stage.bridge.rss_bytes
+        return True
+
+    def _progress(self) -> tuple[int, int]:
+        return self._stage.store.stored, self._stage.store.ended
+
+    def _is_settled(self) -> bool:
+        if self._stage.store.ended < self._stage.publisher.ended:
             return False
-        status = self._bridge.observe() if ended else None
-        return status is not None and status["messages"]["in_flight"] == 0
+        status = self._stage.bridge.observe()
+        return status is not None and not status["messages"]["in_flight"] and not status["spool"]["messages"]
+
+    def _try_a_last_process(self) -> None:
+        """Whose account is known beforehand."""
+        stage = self._stage
+        before = stage.store.count_now()
+        stage.bridge.kill()
+        stage.bridge.start()
+        if not self._is_ready():
+            self._account_problems.append("the last process did not become ready")
+            return
+        stage.publisher.end(LAST_MESSAGES)
+        if not self._settle():
+            self._account_problems.append("the last process did not settle")
+            return
+        self._check_account(stage.store.count_now() - before)
+
+    def _check_account(self, rows: int) -> None:
+        """What the last process counts against what it was sent; redeliveries may be any number."""
+        status = self._stage.bridge.observe()
+        assert status is not None, "it has just answered"
+        messages: dict[str, Any] = status["messages"]
+        expected = dict.fromkeys(messages, 0) | {"duplicate": messages["duplicate"], "stored": LAST_MESSAGES}
+        expected["received"] = LAST_MESSAGES + messages["duplicate"]
+        if messages != expected:
+            self._account_problems.append(f"the last process counts {messages}, expected are {expected}")
+        if not rows == status["rows_stored"] == LAST_MESSAGES:
+            self._account_problems.append(f"the last process counts {status['rows_stored']} rows; there are {rows} new")
 
     def _stop_the_bridge(self) -> None:
         self._revive()
-        self._bridge.stop()
+        self._stage.bridge.stop()
 
     def _result(self, *, settled: bool, seconds: float) -> Result:
-        self.log = self._bridge.log + self._thief.log
-        parameters = self._parameters
-        ledger_rows = int(query(self._database, "SELECT count(*) FROM mqtt_bridge.ledger")[0][0])
+        stage, faults, parameters = self._stage, self._faults, self._parameters
+        bridge, thief, publisher = stage.bridge, stage.thief, stage.publisher
+        publishing_s = publisher.newest_s - (publisher.first_s or 0.0)
+        log = bridge.log + thief.log
         return Result(
             parameters=parameters,
-            published=self._publisher.published,
-            repeated_by_publisher=self._publisher.repeated,
-            comparison=compare(self._database, self._publisher.published, constant=parameters.payload == "constant"),
+            machine=this_machine(postgres=stage.store.server_version()),
+            published=publisher.published,
+            published_per_s=round(publisher.published / max(0.001, publishing_s), 1),
+            repeated_by_publisher=publisher.repeated,
+            comparison=self._compare(),
+            reach=None if parameters.freezes else Settings().bridge_batch_size * parameters.workers,
             settled=settled,
-            faults=dict(self._done),
-            missed=dict(self._missed),
-            recognised=self._bridge.recognised + self._thief.recognised,
-            commits_in_doubt=self.log.count("whose commit was in doubt had been committed"),
-            tracebacks=self.log.count("Traceback (most recent call last)"),
-            ledger_rows=ledger_rows,
-            largest_rss_bytes=max(self._bridge.largest_rss_bytes, self._thief.largest_rss_bytes),
+            left_at_broker=left_in_session(stage.broker, CLIENT_ID, protocol=parameters.protocol),
+            left_in_spool=left_in_spool(stage.spool_directory),
+            account_problems=(*self._account_problems, *bridge.unbalanced, *thief.unbalanced),
+            faults=dict(faults.done),
+            missed=dict(faults.missed),
+            skipped=dict(faults.skipped),
+            recognised=bridge.recognised + thief.recognised,
+            commits_in_doubt=log.count("whose commit was in doubt had been committed"),
+            dropped_by_broker=stage.broker_log.count("are being dropped"),
+            tracebacks=log.count("Traceback (most recent call last)"),
+            ledger_rows=stage.store.ledger_rows(),
+            drained=self._drain.drained if self._drain else None,
+            spool_messages=max(bridge.largest_spool_messages, thief.largest_spool_messages),
+            spool_bytes=max(bridge.largest_spool_bytes, thief.largest_spool_bytes),
+            peak_rss_bytes=max(bridge.peak_rss_bytes, thief.peak_rss_bytes),
+            final_rss_bytes=self._final_rss_bytes,
+            cpu_s=round(bridge.cpu_s + thief.cpu_s, 2),
             seconds=round(seconds, 1),
-            exits=dict(self._bridge.exits + self._thief.exits),
+            exits=dict(bridge.exits + thief.exits),
+        )
+
+    def _compare(self) -> Comparison:
+        return compare(
+            self._stage.store.rows_in_order(),
+            self._parameters,
+            published=self._stage.publisher.published,
+            ended=self._stage.publisher.ended,
+            dead_letters=self._stage.store.dead_letters(),
         )

@@ -52,9 +52,13 @@ class Postgres(EmbeddedServer):
         self._settings = dict(settings or {})
         self._programs: Path | None = None
 
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop. "immediate" skips the checkpoint: the next start goes through crash recovery. Idempotent."""
+        self._guarded.stop(signal.SIGQUIT if mode == "immediate" else self.stop_signal)
+
     def restart(self, mode: Literal["fast", "immediate"] = "fast") -> None:
-        """Stop and start on the same port. "immediate" skips the checkpoint: the server goes through crash recovery."""
-        self._guarded.stop(signal.SIGQUIT if mode == "immediate" else signal.SIGINT)
+        """Stop and start on the same port."""
+        self.stop(mode)
         self.start()
 
     def close(self) -> None:

@@ -1,0 +1,188 @@
+"""How each fault is done, and that it is really done.
+
+A fault waits until the bridge has recovered from the one before so far that it can be hit: a connection to cut, a
+process that receives. When it has not within `RECOVER_S`, the fault counts as missed. While the database is away there
+may be nothing to hit for long, nor is there when a backlog is worked off: what finds nothing then is skipped, and
+counted apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from tests.chaos.link import Link
+from tests.chaos.schedule import OF_THE_DATABASE, Fault, Kind
+from tests.chaos.stage import Stage
+
+RECOVER_S = 45.0
+"""Longer than the longest delay between two tries of the bridge."""
+RECOVER_IN_OUTAGE_S = 5.0
+POLL_S = 0.05
+
+
+class Wait(Protocol):
+    """How a run waits, while it looks after everything else."""
+
+    def __call__(self, predicate: Callable[[], bool], *, timeout_s: float) -> bool:
+        """Whether it came true in time."""
+
+
+class Faults:
+    """Does faults, one after the other, in the run's thread."""
+
+    def __init__(self, stage: Stage, wait: Wait) -> None:
+        self._stage = stage
+        self._wait = wait
+        self._outage_ends_s: float | None = None
+        self.done: Counter[Kind] = Counter()
+        self.missed: Counter[Kind] = Counter()
+        self.skipped: Counter[Kind] = Counter()
+        """Nothing to hit, since the database was away, or all of a backlog stored."""
+
+    def do(self, fault: Fault) -> None:
+        """Do it, and count it."""
+        if fault.kind in OF_THE_DATABASE and self.outage:
+            self.wait_for_the_end_of_the_outage()
+        stage = self._stage
+        actions: dict[Kind, Callable[[], bool]] = {
+            "kill": self._kill,
+            "early_kill": lambda: self._kill_early(fault.seconds),
+            "db_crash": self._crash_the_database,
+            "outage": lambda: self._begin_the_outage(fault.seconds),
+            "broker_restart": self._restart_the_broker,
+            "cut_broker": lambda: self._cut(stage.broker_link, "broker"),
+            "cut_db": lambda: self._cut(stage.database_link, "database"),
+            "stall_broker": lambda: self._stall(stage.broker_link, "broker", fault.seconds),
+            "stall_db": lambda: self._stall(stage.database_link, "database", fault.seconds),
+            "freeze_db": lambda: self._freeze(stage.database_link),
+            "steal": self._steal,
+        }
+        done = actions[fault.kind]()
+        (self.done if done else self.skipped if self._nothing_to_hit else self.missed)[fault.kind] += 1
+
+    @property
+    def _nothing_to_hit(self) -> bool:
+        return self.outage or self._worked_off
+
+    @property
+    def _worked_off(self) -> bool:
+        """Whether all of a backlog is stored."""
+        publisher = self._stage.publisher
+        published = publisher.published - publisher.unacknowledged
+        return self._stage.parameters.backlog and self._stage.store.stored >= published
+
+    def _recovered(self, question: Callable[[dict[str, Any]], bool]) -> bool:
+        """Whether the bridge says yes, in the time it is given."""
+
+        def answer() -> bool:
+            status = self._stage.bridge.observe()
+            return status is not None and question(status)
+
+        return self._wait(answer, timeout_s=RECOVER_IN_OUTAGE_S if self.outage else RECOVER_S)
+
+    def _receives(self) -> bool:
+        """Whether it has received messages; without a database it is enough that it is there."""
+
+        def receives(status: dict[str, Any]) -> bool:
+            return bool(status["messages"]["received"]) or self._nothing_to_hit
+
+        return self._recovered(receives) and not self._worked_off
+
+    # -- the bridge
+
+    def _kill(self) -> bool:
+        if not self._receives():
+            return False
+        self._stage.bridge.kill()
+        self._stage.bridge.start()
+        return True
+
+    def _kill_early(self, after_s: float) -> bool:
+        if not self._kill():
+            return False
+        self._wait(lambda: False, timeout_s=after_s)
+        self._stage.bridge.kill()
+        self._stage.bridge.start()
+        return True
+
+    def _steal(self) -> bool:
+        """A second bridge takes over; the first has to go. Then the second goes, and the first comes back."""
+        if not self._receives():
+            return False
+        stage = self._stage
+        stage.thief.start()
+        first_s = time.monotonic()
+        while stage.bridge.running and time.monotonic() < first_s + RECOVER_S:
+            stage.publisher.allow(min(stage.publisher.published + 200, stage.parameters.messages))
+            time.sleep(POLL_S)
+        robbed = not stage.bridge.running
+        if robbed:
+            stage.bridge.note_end()
+        else:
+            stage.bridge.kill()
+        stage.thief.stop()
+        stage.bridge.start()
+        return robbed
+
+    # -- the servers
+
+    def _crash_the_database(self) -> bool:
+        self._stage.postgres.restart("immediate")
+        return True
+
+    def _restart_the_broker(self) -> bool:
+        stage = self._stage
+        allowed = stage.publisher.leave()
+        stage.broker.restart()
+        stage.publisher.join()
+        stage.publisher.allow(allowed)
+        return True
+
+    # -- the links
+
+    def _cut(self, link: Link, side: str) -> bool:
+        if not self._recovered(lambda status: status[side]["connected"] and link.connections > 0):
+            return False
+        link.cut()
+        return True
+
+    def _stall(self, link: Link, side: str, seconds: float) -> bool:
+        if not self._recovered(lambda status: status[side]["connected"] and link.connections > 0):
+            return False
+        link.stall()
+        self._wait(lambda: False, timeout_s=seconds)
+        link.cut()
+        link.resume()
+        return True
+
+    def _freeze(self, link: Link) -> bool:
+        link.freezing = True
+        return self._wait(lambda: not link.freezing, timeout_s=RECOVER_S)
+
+    # -- an outage goes on while other faults are done
+
+    @property
+    def outage(self) -> bool:
+        """Whether the database is away for long."""
+        return self._outage_ends_s is not None
+
+    def _begin_the_outage(self, seconds: float) -> bool:
+        self._stage.postgres.stop("immediate")
+        self._outage_ends_s = time.monotonic() + seconds
+        return True
+
+    def end_the_outage_when_due(self) -> bool:
+        """Whether it has just been ended. Call it often."""
+        if self._outage_ends_s is None or time.monotonic() < self._outage_ends_s:
+            return False
+        self._stage.postgres.start()
+        self._outage_ends_s = None
+        return True
+
+    def wait_for_the_end_of_the_outage(self) -> None:
+        """Return when the database is back; at once where it is there."""
+        if self._outage_ends_s is not None:
+            self._wait(lambda: not self.outage, timeout_s=self._outage_ends_s - time.monotonic() + RECOVER_S)
