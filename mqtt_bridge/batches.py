@@ -45,9 +45,9 @@ class Work:
         """Whether there is nothing to store: everything was ignored."""
         return not self.translated and not self.dead_letters
 
-    def batch(self, entry: Entry) -> Batch:
-        """The batch that is stored under the key of `entry`."""
-        return Batch(entry, self.translated, self.dead_letters, self.messages)
+    def batch(self, entry: Entry, *also: Entry) -> Batch:
+        """The batch that is stored under the key of `entry`, or under several."""
+        return Batch(entry, self.translated, self.dead_letters, self.messages, also)
 
 
 class Batches:

@@ -1,8 +1,9 @@
-"""From the spool into the database: the oldest batch first, one at a time, each under its own key.
+"""From the spool into the database: the oldest batches first, each under its own key.
 
 A batch is translated when it is drained, by the routes of today. It leaves the spool when its transaction is committed,
 and its ledger row stays until it has left: a crash between the two makes the next process find the row, and not store
-the batch again.
+the batch again. Small batches share a transaction, or a database that is far away would never catch up. Where that
+finds a key committed before, by a try of which nobody had heard, each batch is tried alone: its own key knows.
 
 Invariants: first in, first out; a batch leaves the disk only after its commit was seen.
 
@@ -12,7 +13,7 @@ Threads: `mqtt-bridge-drainer` does all of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import structlog
@@ -22,6 +23,7 @@ from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.diversion import Diversion
 from mqtt_bridge.errors import Fenced
 from mqtt_bridge.ledger import Entry
+from mqtt_bridge.ownership import AlreadyCommitted
 from mqtt_bridge.sink import Stopped
 from mqtt_bridge.spool import NoSpool, Spool, Spooled, SpoolError
 from mqtt_bridge.transactions import Batch, Stored
@@ -29,6 +31,9 @@ from mqtt_bridge.transactions import Batch, Stored
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
+TOGETHER_MESSAGES = 2000
+TOGETHER_BYTES = 256 << 10
+"""Batches of so many messages, or of so many bytes of payload, are enough for one transaction."""
 DISK_AGAIN_S = 5.0
 """A disk that cannot be read, or not written to, is tried again after this time."""
 
@@ -37,7 +42,10 @@ class Store(Protocol):
     """What is needed of the sink."""
 
     def store(self, batch: Batch) -> Stored:
-        """Return when `batch` is durable; `Stopped` or `Fenced` when it never will be."""
+        """Return when `batch` is durable; `Stopped` or `Fenced` when it never will be.
+
+        `AlreadyCommitted` where it has several keys, and one of them is known already.
+        """
 
 
 class Drainer:
@@ -50,10 +58,10 @@ class Drainer:
         store: Store,
         batches: Batches,
         *,
-        on_drained: Callable[[Entry, Work, Stored], None],
+        on_drained: Callable[[Sequence[Entry], Work, Stored], None],
         on_fatal: Callable[[BaseException], None],
     ) -> None:
-        """`on_drained` settles a batch that is committed and out of the spool."""
+        """`on_drained` settles batches that are committed and out of the spool."""
         self._spool = spool
         self._diversion = diversion
         self._store = store
@@ -94,8 +102,7 @@ class Drainer:
         try:
             while not self._stop.is_set():
                 self._diversion.wait_for_batch()
-                if spooled := self._from_disk(self._spool.first):
-                    self._drain(spooled)
+                self._drain()
         except Stopped:
             log.debug("the drainer has stopped; what is in the spool stays there")
         except Fenced as error:
@@ -104,11 +111,34 @@ class Drainer:
             log.critical("the drainer has died; what is in the spool stays there", exc_info=True)
             self._on_fatal(error)
 
-    def _drain(self, spooled: Spooled) -> None:
-        work = self._batches.whole(spooled.messages)
-        stored = self._store.store(work.batch(spooled.entry))
-        self._from_disk(lambda: self._spool.remove(spooled.sequence))
-        self._on_drained(spooled.entry, work, stored)
+    def _drain(self) -> None:
+        """Store some of the oldest batches, together if that is possible."""
+        together = self._from_disk(self._take_some)
+        try:
+            self._store_together(together)
+        except AlreadyCommitted:
+            for spooled in together:
+                self._store_together([spooled])
+
+    def _take_some(self) -> list[Spooled]:
+        taken: list[Spooled] = []
+        messages = size_bytes = 0
+        for spooled in self._spool.oldest():
+            taken.append(spooled)
+            messages += len(spooled.messages)
+            size_bytes += sum(len(message.payload) for message in spooled.messages)
+            if messages >= TOGETHER_MESSAGES or size_bytes >= TOGETHER_BYTES:
+                break
+        return taken
+
+    def _store_together(self, together: Sequence[Spooled]) -> None:
+        if not together:
+            return
+        work = self._batches.whole([message for spooled in together for message in spooled.messages])
+        entries = [spooled.entry for spooled in together]
+        stored = self._store.store(work.batch(*entries))
+        self._from_disk(lambda: self._spool.remove(*(spooled.sequence for spooled in together)))
+        self._on_drained(entries, work, stored)
         self._diversion.removed()
 
     def _from_disk(self, action: Callable[[], T]) -> T:

@@ -332,10 +332,11 @@ class Pipeline:
             self._hold(messages, -1)
             self._settled.notify_all()
 
-    def drained(self, entry: Entry, work: Work, stored: Stored) -> None:
-        """A batch that was on the disk is in the database now, and off the disk for good."""
+    def drained(self, entries: Sequence[Entry], work: Work, stored: Stored) -> None:
+        """Batches that were on the disk are in the database now, and off the disk for good."""
         with self._lock:
-            self._ledger.drained(entry)
+            for entry in entries:
+                self._ledger.drained(entry)
             self._account.book("spooled", -len(work.messages))
             self._book(work, stored)
 

@@ -28,7 +28,7 @@ from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import PAUSING, BridgeError, Failure, Fenced, SpoolElsewhere, Verdict, classify
 from mqtt_bridge.ledger import BatchKey, Claim
-from mqtt_bridge.ownership import NO_SPOOL, SpoolAtHand
+from mqtt_bridge.ownership import NO_SPOOL, AlreadyCommitted, SpoolAtHand
 from mqtt_bridge.retained import Remembered
 from mqtt_bridge.transactions import Batch, Stored, Transactions
 
@@ -130,7 +130,7 @@ class Sink:
         """Commit `batch`, however long that takes, or as long as `patience_s` says how long it may still take.
 
         Raises `Stopped` when the bridge stops first, `Impatient` when the patience ends first, and `Fenced` when
-        another process owns the client id.
+        another process owns the client id. `AlreadyCommitted` only for a batch of several keys.
         """
         return self._persist(lambda connection: self._transactions.run(connection, batch), patience_s)
 
@@ -237,7 +237,7 @@ class Sink:
         try:
             with self._connections.connection(limit_s=self._limit_s) as connection:
                 return _drop_if_useless(connection, action)
-        except (Fenced, SpoolElsewhere):
+        except (Fenced, SpoolElsewhere, AlreadyCommitted):
             raise
         except Exception as error:  # every error has a verdict; none may end a worker
             connected = connection is not None and not connection.closed

@@ -41,7 +41,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -108,7 +108,11 @@ class NoSpool:
         """None."""
         return None
 
-    def remove(self, _sequence: int) -> None:
+    def oldest(self) -> Iterator[Spooled]:
+        """None."""
+        return iter(())
+
+    def remove(self, *_sequences: int) -> None:
         """Nothing to remove."""
 
     def entries(self) -> Iterator[Entry]:
@@ -300,29 +304,37 @@ class Spool:
 
     def first(self) -> Spooled | None:
         """The oldest batch, which stays where it is; None when there is none. Raises SpoolError."""
+        return next(self.oldest(), None)
+
+    def oldest(self) -> Iterator[Spooled]:
+        """The batches, oldest first; each is read when it is asked for, and stays where it is. Raises SpoolError."""
+        sequence = _BEFORE_ALL
+        while spooled := self._after(sequence):
+            sequence = spooled.sequence
+            yield spooled
+
+    def _after(self, sequence: int) -> Spooled | None:
         with self._lock, self._explaining("cannot be read"):
             # Decided here: a batch that cannot be read is passed over for good.
             database = self._database()
-            while row := _row_after(database, _BEFORE_ALL):
+            while row := _row_after(database, sequence):
                 try:
                     return _decode(row)
                 except _Damaged as error:
                     self._set_aside(database, row, str(error))
         return None
 
-    def remove(self, sequence: int) -> None:
-        """Take a batch out, durably; one that is not there is no error.
+    def remove(self, *sequences: int) -> None:
+        """Take batches out, durably and all at once; one that is not there is no error.
 
-        Raises SpoolError when the disk does not let it: the batch may still be there, and be drained once more.
+        Raises SpoolError when the disk does not let it: they may still be there, and be drained once more.
         """
         with self._lock, self._explaining("cannot remove a batch"):
             database = self._database()
-            found = database.execute(_COUNT_AND_SIZE, (sequence,)).fetchone()
-            if found is None:
-                return
-            _delete(database, sequence)
-            self.messages -= found[0]
-            self.bytes -= found[1]
+            found = [database.execute(_COUNT_AND_SIZE, (sequence,)).fetchone() for sequence in sequences]
+            _delete(database, sequences)
+            self.messages -= sum(row[0] for row in found if row)
+            self.bytes -= sum(row[1] for row in found if row)
             self.full = False
             if not self.messages:
                 self._shrink(database)
@@ -388,11 +400,16 @@ class Spool:
 
 
 def _take(directory: Path) -> int:
-    """A descriptor of the directory, with the lock that keeps others out until it is closed."""
+    """A descriptor of the directory, with the lock that keeps others out until it is closed.
+
+    The directory is made where its parent is there: a volume that was not mounted shows by the spool's id.
+    """
     try:
+        with suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        remedy = "Create it (or mount the volume), or correct BRIDGE_SPOOL_DIR."
+        remedy = "Make its parent (or mount the volume) and let the bridge write there, or correct BRIDGE_SPOOL_DIR."
         raise SpoolError(f"the spool's directory {directory} cannot be used: {error.strerror}. {remedy}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -493,15 +510,21 @@ def _insert(database: sqlite3.Connection, row: _Row) -> None:
         raise
 
 
-def _delete(database: sqlite3.Connection, sequence: int) -> None:
+def _delete(database: sqlite3.Connection, sequences: Sequence[int]) -> None:
     try:
-        database.execute(_DELETE, (sequence,))
+        _delete_all(database, sequences)
     except sqlite3.OperationalError as error:
         if _code(error) not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
             raise
         # Somebody else has filled the disk. Moving the log into the file often needs no room, and makes some.
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        database.execute(_DELETE, (sequence,))
+        _delete_all(database, sequences)
+
+
+def _delete_all(database: sqlite3.Connection, sequences: Sequence[int]) -> None:
+    with _transaction(database):
+        for sequence in sequences:
+            database.execute(_DELETE, (sequence,))
 
 
 def _check_structure(database: sqlite3.Connection) -> None:

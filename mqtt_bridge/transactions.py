@@ -45,6 +45,13 @@ class Batch:
     dead_letters: Sequence[DeadLetter]
     messages: Sequence[Message] = ()
     """All of them as they were received, those that are ignored as well: what goes to the disk."""
+    also: Sequence[Entry] = ()
+    """Further keys: several batches that come from the disk are stored in one transaction."""
+
+    @property
+    def keys(self) -> tuple[BatchKey, ...]:
+        """All of its keys."""
+        return (self.entry.key, *(entry.key for entry in self.also))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +79,29 @@ class Transactions:
         self._readings = copying.ReadingsEncoder()
         self._dead_letters = copying.encoder(dead_letters.TYPES)
         self._breaker = Breaker()
-        self._in_doubt: dict[BatchKey, Stored] = {}  # what a COMMIT was sent for whose answer has not been seen
+        # By the keys of a transaction whose COMMIT was sent and whose answer has not been seen: what it holds.
+        self._in_doubt: dict[tuple[BatchKey, ...], Stored] = {}
 
     def run(self, connection: BridgeConnection, batch: Batch) -> Stored:
-        """Commit `batch`. Any error but `Fenced` means: not committed, or not known to be; try again, same batch."""
+        """Commit `batch`. Any error but `Fenced` means: not committed, or not known to be; try again, same batch.
+
+        `AlreadyCommitted` where one of several keys was committed before: only each alone can tell which.
+        """
         try:
             stored = self._whole(connection, batch) or self._take_apart(connection, batch)
         except AlreadyCommitted:
+            # That one of several keys is known proves something for all only if they were committed together.
+            if batch.also and batch.keys not in self._in_doubt:
+                raise
             log.info("a batch whose commit was in doubt had been committed", batch=batch.entry.key.batch)
-            return self._in_doubt.pop(batch.entry.key, Stored(_count(batch.translated)))
-        self._in_doubt.pop(batch.entry.key, None)
+            stored = self._in_doubt.get(batch.keys, Stored(_count(batch.translated)))
+        for keys in (batch.keys, *((key,) for key in batch.keys)):
+            self._in_doubt.pop(keys, None)
         return stored
 
-    def _commit(self, cursor: Cursor, key: BatchKey, stored: Stored) -> Stored:
+    def _commit(self, cursor: Cursor, batch: Batch, stored: Stored) -> Stored:
         """The point of no return: if no answer comes, only the ledger knows whether this happened."""
-        self._in_doubt[key] = stored
+        self._in_doubt[batch.keys] = stored
         cursor.execute("COMMIT")
         return stored
 
@@ -104,7 +119,7 @@ class Transactions:
                     statement = sql.SQL("")
                 if not copies:  # nothing but the ledger row, see `Ledger.lags`
                     cursor.execute(statement)
-                stored = self._commit(cursor, batch.entry.key, Stored(_count(batch.translated)))
+                stored = self._commit(cursor, batch, Stored(_count(batch.translated)))
             if batch.translated:
                 self._breaker.stored()
             return stored
@@ -117,10 +132,11 @@ class Transactions:
         return None
 
     def _prologue(self, batch: Batch) -> sql.Composable:
-        return sql.SQL("{} {} ").format(self._begin, self._bookkeeping(batch.entry))
-
-    def _bookkeeping(self, entry: Entry) -> sql.Composable:
-        return ownership.statements(self._client_id, entry, owner_epoch=self.owner_epoch)
+        bookkeeping = [
+            ownership.statements(self._client_id, entry, owner_epoch=self.owner_epoch)
+            for entry in (batch.entry, *batch.also)
+        ]
+        return sql.SQL(" ").join([self._begin, *bookkeeping, sql.SQL("")])
 
     def _copies(
         self, connection: BridgeConnection, translated: Sequence[Translated], letters: Sequence[DeadLetter]
@@ -166,7 +182,7 @@ class Transactions:
                 _copy(cursor, copy, data)
             lost = {id(translated) for translated, _ in refused}
             kept = [translated for translated in batch.translated if id(translated) not in lost]
-            return self._commit(cursor, batch.entry.key, Stored(_count(kept), tuple(letters)))
+            return self._commit(cursor, batch, Stored(_count(kept), tuple(letters)))
 
     def _pause_if_the_database_is_at_fault(self, batch: Batch, refused: Sequence[tuple[Translated, Failure]]) -> None:
         reason = _reason(refused) if len(refused) == len(batch.translated) else None

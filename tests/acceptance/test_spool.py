@@ -14,7 +14,6 @@ def make_spooling(make_bridge, broker, tmp_path):
     """Makes a bridge with a spool; `mode` is BRIDGE_SPOOL."""
 
     def make(dsn, mode, *, directory=tmp_path / "spool", at=broker, **settings):
-        directory.mkdir(exist_ok=True)
         return make_bridge(dsn, at, BRIDGE_SPOOL=mode, BRIDGE_SPOOL_DIR=directory, **settings)
 
     return make
@@ -191,7 +190,6 @@ def test_a_start_without_the_disk_that_may_hold_messages_is_refused_until_it_is_
     at_hand = bridge.settings["BRIDGE_SPOOL_DIR"]
 
     for other in ({"BRIDGE_SPOOL_DIR": tmp_path / "new"}, {"BRIDGE_SPOOL": "off", "BRIDGE_SPOOL_DIR": ""}):
-        (tmp_path / "new").mkdir(exist_ok=True)
         bridge.settings.update(other)
         assert bridge.start().wait() == 2
         assert "--abandon-spool" in bridge.log

@@ -12,9 +12,9 @@ from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import Fenced, SpoolElsewhere
 from mqtt_bridge.ledger import BatchKey, Entry
 from mqtt_bridge.model import READINGS_COLUMNS, Message, Table, Translation
-from mqtt_bridge.ownership import SpoolAtHand, claim
+from mqtt_bridge.ownership import AlreadyCommitted, SpoolAtHand, claim
 from mqtt_bridge.sink import Sink
-from mqtt_bridge.transactions import Batch
+from mqtt_bridge.transactions import Batch, Stored
 
 ME = "client"
 MARKS = b"12345678"
@@ -183,3 +183,55 @@ def test_the_disk_is_released_by_its_owner_only(connection, make_sink):
     assert owner(connection) == (2, 1, "disk")
     second.release_spool()
     assert owner(connection) == (2, 1, None)
+
+
+def together(*entries):
+    """These as one transaction, as the drainer stores them."""
+    parts = [batch(each) for each in entries]
+    return Batch(entries[0], [t for part in parts for t in part.translated], [], (), entries[1:])
+
+
+def test_batches_that_are_drained_together_leave_a_row_each(connection, make_sink):
+    entries = [entry(1, number) for number in (1, 2, 3)]
+
+    make_sink().store(together(*entries))
+
+    assert ledger(connection) == [each.key for each in entries]
+    assert query(connection, "SELECT count(*) FROM readings") == [(3,)]
+
+
+def test_where_one_of_several_was_committed_before_nothing_of_them_is_stored(connection, make_sink):
+    sink = make_sink()
+    entries = [entry(1, number) for number in (1, 2, 3)]
+    sink.store(batch(entries[1]))
+
+    with pytest.raises(AlreadyCommitted):
+        sink.store(together(*entries))
+
+    assert ledger(connection) == [entries[1].key]
+    assert query(connection, "SELECT count(*) FROM readings") == [(1,)]
+
+
+def test_a_batch_in_doubt_that_is_committed_vouches_for_no_other(connection, make_sink):
+    sink = make_sink()
+    entries = [entry(1, 1), entry(1, 2)]
+    sink.store(batch(entries[0]))
+    sink._transactions._in_doubt[entries[0].key,] = Stored({"readings": 1})  # its answer was not seen
+
+    with pytest.raises(AlreadyCommitted):
+        sink.store(together(*entries))
+
+    for each in entries:
+        sink.store(batch(each))
+    assert query(connection, "SELECT count(*) FROM readings") == [(2,)]
+
+
+def test_several_whose_own_commit_was_in_doubt_are_known_to_be_committed(connection, make_sink):
+    sink = make_sink()
+    entries = [entry(1, 1), entry(1, 2)]
+    sink.store(together(*entries))
+    sink._transactions._in_doubt[tuple(each.key for each in entries)] = Stored({"readings": 2})
+
+    assert sink.store(together(*entries)) == Stored({"readings": 2})
+
+    assert query(connection, "SELECT count(*) FROM readings") == [(2,)]

@@ -12,6 +12,7 @@ from mqtt_bridge.drainer import Drainer
 from mqtt_bridge.errors import Fenced
 from mqtt_bridge.ledger import BatchKey, Entry
 from mqtt_bridge.model import Message
+from mqtt_bridge.ownership import AlreadyCommitted
 from mqtt_bridge.sink import Stopped
 from mqtt_bridge.spool import Spool, SpoolError
 from mqtt_bridge.transactions import Stored
@@ -33,14 +34,23 @@ class Store:
     failing_s = 0.0
 
     def __init__(self):
-        self.keys = []
+        self.transactions = []
+        self.taken = set()
+        """Batches that were committed by a try of which nobody had heard."""
         self.error = None
+
+    @property
+    def keys(self):
+        return [key for keys in self.transactions for key in keys]
 
     def store(self, batch):
         error, self.error = self.error, None
         if error is not None:
             raise error
-        self.keys.append(batch.entry.key.batch)
+        taken = {key.batch for key in batch.keys} & self.taken
+        if taken and batch.also:
+            raise AlreadyCommitted
+        self.transactions.append([key.batch for key in batch.keys])
         return Stored({"readings": len(batch.translated)})
 
 
@@ -57,9 +67,12 @@ class House:
             self.diversion,
             self.store,
             Batches(Translator()),
-            on_drained=lambda entry, work, stored: self.drained.append((entry.key.batch, work, self.spool.messages)),
+            on_drained=self.note,
             on_fatal=self.fatal.append,
         )
+
+    def note(self, entries, work, _stored):
+        self.drained.append(([entry.key.batch for entry in entries], work, self.spool.messages))
 
     def put(self, number, *payloads):
         self.spool.append(entry(number), messages(*payloads))
@@ -77,15 +90,51 @@ def house(tmp_path):
     house.close()
 
 
-def test_the_oldest_batch_comes_first_and_is_settled_when_it_is_off_the_disk(house):
+def test_the_oldest_batches_come_first_and_are_settled_when_they_are_off_the_disk(house, monkeypatch):
+    monkeypatch.setattr(drainer_module, "TOGETHER_MESSAGES", 1)
     house.put(1, b"a")
     house.put(2, b"b", b"c")
 
     house.drainer.start()
 
     wait_until(lambda: len(house.drained) == 2, what="both batches")
-    assert [(number, left) for number, _, left in house.drained] == [(1, 2), (2, 0)]
+    assert [(numbers, left) for numbers, _, left in house.drained] == [([1], 2), ([2], 0)]
     assert house.store.keys == [1, 2]
+
+
+def test_small_batches_share_a_transaction(house, monkeypatch):
+    monkeypatch.setattr(drainer_module, "TOGETHER_MESSAGES", 3)
+    for number in range(1, 6):
+        house.put(number, b"a")
+
+    house.drainer.start()
+
+    wait_until(lambda: len(house.drained) == 2, what="both transactions")
+    assert house.store.transactions == [[1, 2, 3], [4, 5]]
+    assert [len(work.messages) for _, work, _ in house.drained] == [3, 2]
+
+
+def test_batches_with_large_payloads_do_not(house, monkeypatch):
+    monkeypatch.setattr(drainer_module, "TOGETHER_BYTES", 10)
+    for number in range(1, 4):
+        house.put(number, b"1" * 11)
+
+    house.drainer.start()
+
+    wait_until(lambda: len(house.drained) == 3, what="three transactions")
+    assert house.store.transactions == [[1], [2], [3]]
+
+
+def test_where_one_of_several_was_committed_before_each_is_tried_alone(house):
+    for number in range(1, 4):
+        house.put(number, b"a")
+    house.store.taken = {2}
+
+    house.drainer.start()
+
+    wait_until(lambda: len(house.drained) == 3, what="three transactions")
+    assert house.store.transactions == [[1], [2], [3]]
+    assert house.spool.messages == 0
 
 
 def test_messages_are_translated_when_they_are_drained(house):

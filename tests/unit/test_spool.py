@@ -287,8 +287,16 @@ def test_a_crash_while_the_file_was_made_does_no_harm(open_spool, tmp_path, left
 
 
 def test_a_missing_directory_is_named_with_what_to_do(open_spool, tmp_path):
-    with pytest.raises(SpoolError, match=r"missing cannot be used: No such file or directory. Create it .*volume"):
-        open_spool(directory=tmp_path / "missing")
+    with pytest.raises(
+        SpoolError, match=r"missing cannot be used: No such file or directory. Make its parent .*volume"
+    ):
+        open_spool(directory=tmp_path / "no" / "missing")
+
+
+def test_a_missing_directory_is_made_where_its_parent_is_there(open_spool, tmp_path):
+    open_spool(directory=tmp_path / "made")
+
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_file_in_place_of_the_directory_is_refused(open_spool, tmp_path):
