@@ -129,7 +129,7 @@ def test_a_decoder_that_holds_the_interpreter_ends_the_program_with_its_stack(il
 
     published = publish(broker, site)
 
-    assert program.wait() == -signal.SIGPROF
+    assert program.wait() == signal.SIGPROF
     assert "_backtrack_for_ever" in program.log
     heal(program)
     assert wait_until_stored(database, published, program).exact
