@@ -194,6 +194,7 @@ class Bridge:
             ),
             tender=lambda: (self._tended, self._connections.steps(self._tender.ident or 0)),
             statement_timeout_s=settings.db_statement_timeout_s,
+            batch_wait_s=settings.bridge_batch_wait_ms / 1000,
         )
         return Watchdog(
             signs,

@@ -202,11 +202,12 @@ class Watchdog:
 
         A statement may take as long as its time-out; but when nobody, not even a probe, has heard of the server for
         `SILENCE_S`, waiting that long is in vain. Only once in a silence: a server that is so slow that every statement
-        takes longer would otherwise never be let finish one.
+        takes longer would otherwise never be let finish one. And not while all connections are lent out: then no probe
+        could be sent, and nobody has asked.
         """
-        silent_s = now_s - self._sink.heard_s
-        at_most_s = SILENCE_S if SILENCE_S < silent_s <= 2 * SILENCE_S else math.inf
-        if self._connections.cut_silent(at_most_s=at_most_s):
+        asked = self._connections.in_use < self._connections.size
+        in_vain = asked and SILENCE_S < now_s - self._sink.heard_s <= 2 * SILENCE_S
+        if self._connections.cut_silent(at_most_s=SILENCE_S if in_vain else math.inf):
             log.warning("a database connection was cut: the server is there but does not answer", stack=stacks())
 
 
@@ -220,6 +221,7 @@ def signs_of_life(
     drainer: Callable[[], object],
     tender: Callable[[], object],
     statement_timeout_s: float,
+    batch_wait_s: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Sign]:
     """The signs of the parts of one bridge.
@@ -266,7 +268,7 @@ def signs_of_life(
         Sign(
             "messages wait although a worker is free",
             lambda: {"taken": pipeline.taken} if pipeline.waits_for_a_free_worker else {},
-            STALLED_S,
+            STALLED_S + batch_wait_s,
         ),
         Sign(
             "the oldest message is not acknowledged although nobody has it in hand",

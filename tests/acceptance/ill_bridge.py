@@ -65,6 +65,10 @@ def _backtrack_for_ever() -> NoReturn:
     raise AssertionError("it came to an end")
 
 
+def none_at_all() -> None:
+    """Well, but with little patience."""
+
+
 def the_decoder_loops() -> None:
     """One worker never comes back from a message, and burns its processor."""
     _translate_or(_loop_for_ever)
@@ -146,6 +150,7 @@ def the_queue_is_forgotten() -> None:
 
 
 ILLNESSES = [
+    none_at_all,
     the_decoder_loops,
     the_interpreter_is_held,
     the_worker_dies,

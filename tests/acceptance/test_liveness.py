@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
 
+import psycopg2.extensions
 import pytest
 
 from mqtt_bridge.tools.embedded import free_port
 from tests.acceptance import ill_bridge
 from tests.acceptance.traffic import Publisher, wait_until_stored
 from tests.program import Program, command_line
+from tests.proxy import TcpProxy
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +40,8 @@ def ill(tmp_path, database, broker, site):
     }
     with Program(tmp_path, **settings) as program:
 
-        def make(illness):
+        def make(illness, **changes):
+            program.settings |= changes
             program.command = [
                 *(sys.executable, "-W", "always", "-m", "tests.acceptance.ill_bridge"),
                 *(illness.__name__, "run"),
@@ -129,7 +133,7 @@ def test_a_decoder_that_holds_the_interpreter_ends_the_program_with_its_stack(il
 
     published = publish(broker, site)
 
-    assert program.wait() == -signal.SIGPROF
+    assert program.wait() == signal.SIGPROF
     assert "_backtrack_for_ever" in program.log
     heal(program)
     assert wait_until_stored(database, published, program).exact
@@ -163,3 +167,27 @@ def test_a_lost_acknowledgement_is_told_and_mended_by_a_new_connection(ill, brok
     assert program.stop() == 0
     assert "the broker has not confirmed the last acknowledgements" not in program.log
     assert wait_until_stored(database, published).exact
+
+
+def test_workers_are_freed_from_a_silent_database_long_before_their_statements_time_is_over(
+    ill, broker, database, site
+):
+    port = int(psycopg2.extensions.parse_dsn(database)["port"])
+    with TcpProxy("127.0.0.1", port) as link:
+        through_the_link = database.replace(f":{port}/", f":{link.port}/")
+        program = ill(ill_bridge.none_at_all, DATABASE_URL=through_the_link, DB_STATEMENT_TIMEOUT_S=600)
+        link.stall()
+
+        published = publish(broker, site)
+
+        wait_until(lambda: retries(program), timeout_s=30, what="a worker to try again")
+        assert reasons(program) == []
+        link.resume()
+        assert wait_until_stored(database, published, program).exact
+        assert program.stop() == 0
+
+
+def retries(program):
+    """How many tries of a batch have failed: probes do not count."""
+    [count] = re.findall(r"^mqtt_bridge_batch_retries_total (\S+)", program.get("/metrics")[1].decode(), re.MULTILINE)
+    return float(count)

@@ -26,6 +26,8 @@ from tests.waiting import wait_until
 
 STATEMENT_S = 30.0
 WORKER_STUCK_S = STALLED_S + STATEMENT_S + SILENCE_S
+BATCH_WAIT_S = 60.0
+"""The most that BRIDGE_BATCH_WAIT_MS allows: a small batch waits so long for more."""
 SHUTDOWN_S = 20.0
 WORKER = 7
 
@@ -71,6 +73,11 @@ class Connections:
     waits_s: list = field(default_factory=list)
     """For how long each lent connection has waited for its statement."""
     cut: list = field(default_factory=list)
+    size: int = 4
+
+    @property
+    def in_use(self):
+        return len(self.waits_s)
 
     def steps(self, thread):
         return self.taken_steps[thread]
@@ -108,6 +115,7 @@ class House:
             drainer=lambda: self.drained,
             tender=lambda: self.tended,
             statement_timeout_s=STATEMENT_S,
+            batch_wait_s=BATCH_WAIT_S,
             clock=lambda: self.now_s,
         )
         self.leaving = False
@@ -197,7 +205,7 @@ STALLS = [
     (network_hangs, STALLED_S, "the network thread hangs"),
     (connecting_hangs, CONNECTING_STUCK_S, "the network thread does not come back from connecting to the broker"),
     (worker_hangs, WORKER_STUCK_S, "a worker hangs with a batch in hand although the database answers"),
-    (queue_waits, STALLED_S, "messages wait although a worker is free"),
+    (queue_waits, STALLED_S + BATCH_WAIT_S, "messages wait although a worker is free"),
     (head_is_lost, STALLED_S, "the oldest message is not acknowledged although nobody has it in hand"),
     (tender_hangs, TENDER_STUCK_S, "the tender thread hangs"),
 ]
@@ -377,6 +385,16 @@ def test_a_head_that_a_worker_has_in_hand_is_the_matter_of_that_worker(house):
     house.pipeline.held = {4711}
 
     house.live(3600)
+
+    assert house.well
+
+
+def test_a_batch_that_waits_for_more_messages_is_no_stall(house):
+    def take_when_the_wait_is_over():
+        house.pipeline.waits_for_a_free_worker = True
+        house.pipeline.taken += house.now_s % BATCH_WAIT_S == 0
+
+    house.live(3600, each=take_when_the_wait_is_over)
 
     assert house.well
 
@@ -564,6 +582,16 @@ def test_a_database_that_is_slower_than_the_silence_lets_its_second_try_end(hous
     house.live(600, each=a_statement_that_takes_20_s)
 
     assert len(committed) >= 600 // 40 - 1
+
+
+def test_a_statement_is_not_cut_where_it_holds_the_last_connection_so_that_no_probe_can_be_sent(house):
+    house.database_answers = False
+    house.connections.size = 1
+    house.connections.waits_s = [0.0]
+
+    house.live(STATEMENT_S + SILENCE_S)
+
+    assert house.connections.cut == []
 
 
 def test_a_process_that_was_suspended_cuts_nothing_before_it_has_looked_for_answers(house):
