@@ -345,6 +345,7 @@ class Bridge:
                 "session_present": broker.session_present,
                 "client_id": self._settings.mqtt_client_id,
                 "reconnects": broker.reconnects,
+                "dropped": broker.dropped,
             },
             "database": {
                 "connected": self._sink.reachable,

@@ -27,6 +27,7 @@ import structlog
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_connection import BrokerConnection
 from mqtt_bridge.broker_connection import Inbox as ConnectionInbox
+from mqtt_bridge.broker_limits import DropWatch
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.errors import SettingsError, explain_hangup, explain_unreachable
 from mqtt_bridge.ledger import REACH
@@ -62,6 +63,8 @@ class BrokerState:
     subscribed: bool
     session_present: bool
     reconnects: int
+    dropped: int | None
+    """Messages that the broker says it has dropped since its start, of any client; None where that is not known."""
     problem: str | None
     """Why it is not connected or not subscribed, with the setting to change; None while all is well."""
 
@@ -77,13 +80,20 @@ class Subscriber:
         inbox: Inbox,
         acks: AckTracker,
         on_cut: Callable[[], object] = lambda: None,
+        unwanted: frozenset[str] = frozenset(),
+        drops: DropWatch | None = None,
     ) -> None:
-        """`on_cut` is called when the broker has ended a connection; it must not block."""
+        """`on_cut` is called when the broker has ended a connection; it must not block.
+
+        `unwanted` as in `BrokerConnection`.
+        """
         self._settings = settings
         self._filters = filters
         self._inbox = inbox
         self._acks = acks
         self._on_cut = on_cut
+        self._unwanted = unwanted
+        self._drops = drops or DropWatch(filters)
         self._complaint = Complaint()
         self._short_lived = 0  # connections in a row that did not last
         self._thread: threading.Thread | None = None
@@ -149,6 +159,7 @@ class Subscriber:
             subscribed=connection is not None and connection.subscribed,
             session_present=connection is not None and connection.session_present,
             reconnects=max(0, self._connects - 1),
+            dropped=self._drops.dropped,
             problem=(connection.problem if connection is not None else None) or self._problem,
         )
 
@@ -182,6 +193,8 @@ class Subscriber:
                 acks=self._acks,
                 subscriptions=self.subscriptions,
                 confirmed=self._confirmed,
+                unwanted=self._unwanted,
+                drops=self._drops,
             )
         except SettingsError as error:  # a secret or a TLS file has become unreadable
             self._complain(str(error))

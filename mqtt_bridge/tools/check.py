@@ -10,6 +10,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from psycopg2 import sql
 from mqtt_bridge import schema
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_connection import BrokerConnection
+from mqtt_bridge.broker_limits import DropWatch, shortfalls
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_hangup, explain_unreachable
 from mqtt_bridge.model import Publish
@@ -26,6 +28,7 @@ from mqtt_bridge.settings import Settings
 from mqtt_bridge.tools.status import NoStatus, fetch
 
 BROKER_TIMEOUT_S = 10.0
+DROPS_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,43 +155,82 @@ class _Discard:
 
 
 def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding]:
-    """Whether the broker lets the bridge in, and lets it subscribe.
+    """Whether the broker lets the bridge in, lets it subscribe, grants what it asks for, and keeps what it is given.
 
-    Under a client id of its own, with a session that ends with it: the id of a running bridge would cut it off.
+    Under a client id of its own: the id of a running bridge would cut it off. The first connection asks for a lasting
+    session, to see what is granted, and subscribes to nothing; the second takes it away again.
     """
     guest = settings.model_copy(
         update={
             "mqtt_client_id": f"{settings.mqtt_client_id}-check-{uuid.uuid4().hex[:6]}",
-            "mqtt_shared_group": None,
             "mqtt_retained": "never",
         }
     )
-    connection: BrokerConnection | None = None
     try:
-        connection = BrokerConnection(guest, filters=filters, inbox=_Discard(), acks=AckTracker(), lasting=False)
-        connection.open()
-        yield _subscribe(connection, settings)
+        if settings.mqtt_protocol == "5":
+            with _guest(guest, filters=(), lasting=True) as connection:
+                if (problem := _hindrance(connection, settings)) is not None:
+                    yield problem
+                    return
+                granted = connection.granted
+            for shortfall in shortfalls(settings, filters, granted):
+                yield Finding(shortfall.level, f"MQTT: {shortfall}")
+        watch = DropWatch((), ask_after_s=0.0)
+        alone = guest.model_copy(update={"mqtt_shared_group": None})  # it must not be dealt a share of the messages
+        with _guest(alone, filters=filters, lasting=False, drops=watch) as connection:
+            if (problem := _hindrance(connection, settings)) is not None:
+                yield problem
+                return
+            yield Finding("ok", f"broker {settings.mqtt_host}:{settings.mqtt_port} accepts the subscriptions")
+            yield from _drops(connection, watch)
     except SettingsError as error:
         yield from (Finding("problem", str(problem)) for problem in error.problems)
     except (OSError, UnicodeError) as error:
         reason = explain_unreachable(error, host=settings.mqtt_host, port=settings.mqtt_port)
         yield Finding("problem", f"MQTT: {reason}")
+
+
+@contextmanager
+def _guest(
+    settings: Settings, *, filters: Sequence[str], lasting: bool, drops: DropWatch | None = None
+) -> Iterator[BrokerConnection]:
+    connection = BrokerConnection(
+        settings, filters=filters, inbox=_Discard(), acks=AckTracker(), lasting=lasting, drops=drops
+    )
+    try:
+        connection.open()
+        yield connection
     finally:
-        if connection is not None:
-            connection.leave()
-            connection.step(0.1)  # that is when DISCONNECT is written
-            connection.close()
+        connection.leave()
+        connection.step(0.1)  # that is when DISCONNECT is written
+        connection.close()
 
 
-def _subscribe(connection: BrokerConnection, settings: Settings) -> Finding:
-    deadline_s = time.monotonic() + BROKER_TIMEOUT_S
-    while not connection.subscribed and not connection.problem and time.monotonic() < deadline_s:
-        if not connection.step(0.1):
-            break
+def _hindrance(connection: BrokerConnection, settings: Settings) -> Finding | None:
+    """What keeps the connection from being subscribed; None when it is."""
+    _step_until(connection, lambda: connection.subscribed or bool(connection.problem), timeout_s=BROKER_TIMEOUT_S)
     if connection.subscribed:
-        return Finding("ok", f"broker {settings.mqtt_host}:{settings.mqtt_port} accepts the subscriptions")
+        return None
     hangup = explain_hangup(host=settings.mqtt_host, port=settings.mqtt_port, tls=settings.mqtt_tls)
     return Finding("problem", f"MQTT: {connection.problem or hangup}")
+
+
+def _drops(connection: BrokerConnection, watch: DropWatch) -> Iterator[Finding]:
+    _step_until(connection, lambda: watch.finished, timeout_s=DROPS_TIMEOUT_S)
+    if watch.dropped:
+        yield Finding(
+            "warning",
+            f"the broker has dropped {watch.dropped:,} messages since its start (of any client): a queue was full, and"
+            " publishers were told that all is well. Raise its max_queued_messages and max_queued_bytes.",
+        )
+    elif watch.dropped == 0:
+        yield Finding("ok", "the broker has dropped no message since its start")
+
+
+def _step_until(connection: BrokerConnection, done: Callable[[], bool], *, timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not done() and time.monotonic() < deadline_s and connection.step(0.1):
+        pass
 
 
 # -- HTTP

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 TABLE = [
     ["__main__", "cli", "pytest_plugin", "testing", "tools"],
     ["bridge", "web", "logs"],
-    ["pipeline", "subscriber", "broker_connection", "publish_packet"],
+    ["pipeline", "subscriber", "broker_connection", "broker_limits", "publish_packet"],
     ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "dead_letters", "settings", "dsn"],
     ["topics", "metrics", "account", "rates", "complaints", "breaker", "model", "errors"],
