@@ -40,6 +40,7 @@ TICK_S = 0.25
 """How long the thread sleeps at most while nothing arrives: barriers and timeouts are looked after this often."""
 STEADY_S = 5.0
 """A connection that lasted this long was a good one: the next delay starts small again."""
+NOT_CONNECTED = "not connected yet"
 CONTESTED_CUTS = 3
 """So many connections in a row that did not last: somebody else wants this client id, and takes it each time."""
 
@@ -103,7 +104,7 @@ class Subscriber:
         self._gone = threading.Event()  # the connection was left in good order
         # Written by the network thread alone, read by others:
         self._connection: BrokerConnection | None = None
-        self._problem: str | None = "not connected yet"
+        self._problem: str | None = NOT_CONNECTED
         self._connects = 0
         self.subscriptions: frozenset[str] = frozenset()
         """Filters that the session at the broker is known to have; set from the database before `start`."""
@@ -252,6 +253,7 @@ class Subscriber:
             if connection.connected and not was_connected:
                 was_connected = True
                 self._connects += 1
+                self._problem = None if self._problem == NOT_CONNECTED else self._problem
             if connection.subscribed and not was_subscribed:
                 was_subscribed = True
                 self._note_subscribed(connection)
