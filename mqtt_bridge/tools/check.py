@@ -7,10 +7,8 @@ Each finding is one line that names the setting to change. A *problem* keeps the
 from __future__ import annotations
 
 import socket
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,16 +16,14 @@ import psycopg2
 from psycopg2 import sql
 
 from mqtt_bridge import schema
-from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_connection import BrokerConnection
 from mqtt_bridge.broker_limits import DropWatch, shortfalls
 from mqtt_bridge.connections import BridgeConnection
-from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_hangup, explain_unreachable
-from mqtt_bridge.model import Publish
+from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_unreachable
 from mqtt_bridge.settings import Settings
+from mqtt_bridge.tools.guest import hindrance, step_until, visit
 from mqtt_bridge.tools.status import NoStatus, fetch
 
-BROKER_TIMEOUT_S = 10.0
 DROPS_TIMEOUT_S = 2.0
 
 
@@ -136,24 +132,6 @@ def _check_durability(connection: BridgeConnection) -> Iterator[Finding]:
 # -- the broker
 
 
-class _Discard:
-    """An inbox that wants nothing: the check only looks whether it would be allowed to."""
-
-    session_to_raise = None
-
-    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
-        """Nothing to prepare."""
-
-    def disconnected(self) -> None:
-        """Nothing to forget."""
-
-    def receive(self, publish: Publish) -> None:
-        """A copy for the check; the bridge's own session gets every message as well."""
-
-    def prove(self, positions: Sequence[int]) -> None:
-        """Nothing was acknowledged."""
-
-
 def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding]:
     """Whether the broker lets the bridge in, lets it subscribe, grants what it asks for, and keeps what it is given.
 
@@ -168,18 +146,18 @@ def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding
     )
     try:
         if settings.mqtt_protocol == "5":
-            with _guest(guest, filters=(), lasting=True) as connection:
-                if (problem := _hindrance(connection, settings)) is not None:
-                    yield problem
+            with visit(guest, filters=(), lasting=True) as connection:
+                if (problem := hindrance(connection, settings)) is not None:
+                    yield Finding("problem", f"MQTT: {problem}")
                     return
                 granted = connection.granted
             for shortfall in shortfalls(settings, filters, granted):
                 yield Finding(shortfall.level, f"MQTT: {shortfall}")
         watch = DropWatch((), ask_after_s=0.0)
         alone = guest.model_copy(update={"mqtt_shared_group": None})  # it must not be dealt a share of the messages
-        with _guest(alone, filters=filters, lasting=False, drops=watch) as connection:
-            if (problem := _hindrance(connection, settings)) is not None:
-                yield problem
+        with visit(alone, filters=filters, lasting=False, drops=watch) as connection:
+            if (problem := hindrance(connection, settings)) is not None:
+                yield Finding("problem", f"MQTT: {problem}")
                 return
             yield Finding("ok", f"broker {settings.mqtt_host}:{settings.mqtt_port} accepts the subscriptions")
             yield from _drops(connection, watch)
@@ -190,33 +168,8 @@ def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding
         yield Finding("problem", f"MQTT: {reason}")
 
 
-@contextmanager
-def _guest(
-    settings: Settings, *, filters: Sequence[str], lasting: bool, drops: DropWatch | None = None
-) -> Iterator[BrokerConnection]:
-    connection = BrokerConnection(
-        settings, filters=filters, inbox=_Discard(), acks=AckTracker(), lasting=lasting, drops=drops
-    )
-    try:
-        connection.open()
-        yield connection
-    finally:
-        connection.leave()
-        connection.step(0.1)  # that is when DISCONNECT is written
-        connection.close()
-
-
-def _hindrance(connection: BrokerConnection, settings: Settings) -> Finding | None:
-    """What keeps the connection from being subscribed; None when it is."""
-    _step_until(connection, lambda: connection.subscribed or bool(connection.problem), timeout_s=BROKER_TIMEOUT_S)
-    if connection.subscribed:
-        return None
-    hangup = explain_hangup(host=settings.mqtt_host, port=settings.mqtt_port, tls=settings.mqtt_tls)
-    return Finding("problem", f"MQTT: {connection.problem or hangup}")
-
-
 def _drops(connection: BrokerConnection, watch: DropWatch) -> Iterator[Finding]:
-    _step_until(connection, lambda: watch.finished, timeout_s=DROPS_TIMEOUT_S)
+    step_until(connection, lambda: watch.finished, timeout_s=DROPS_TIMEOUT_S)
     if watch.dropped:
         yield Finding(
             "warning",
@@ -225,12 +178,6 @@ def _drops(connection: BrokerConnection, watch: DropWatch) -> Iterator[Finding]:
         )
     elif watch.dropped == 0:
         yield Finding("ok", "the broker has dropped no message since its start")
-
-
-def _step_until(connection: BrokerConnection, done: Callable[[], bool], *, timeout_s: float) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not done() and time.monotonic() < deadline_s and connection.step(0.1):
-        pass
 
 
 # -- HTTP
