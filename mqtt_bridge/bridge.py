@@ -27,6 +27,7 @@ import structlog
 from mqtt_bridge import __version__, dead_letters, schema
 from mqtt_bridge.account import Balance
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.broker_limits import DropWatch
 from mqtt_bridge.connections import Connections
 from mqtt_bridge.errors import PAUSING, BridgeError, Fenced
 from mqtt_bridge.ledger import Ledger
@@ -67,7 +68,10 @@ def make_router(settings: Settings) -> Router:
 class Bridge:
     """One bridge: one client id, one subscriber, one pipeline, one sink."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, unsubscribe: frozenset[str] | None = None) -> None:
+        """With `unsubscribe` it subscribes to nothing: it unsubscribes from these filters, and from those that the
+        session is known to have, and stores what the session still holds.
+        """
         self._settings = settings
         self._began_s = time.monotonic()
         self._router = make_router(settings)
@@ -97,10 +101,12 @@ class Bridge:
         )
         self._subscriber = Subscriber(
             settings,
-            filters=self._router.filters,
+            filters=self._router.filters if unsubscribe is None else (),
             inbox=self._pipeline,
             acks=self._acks,
             on_cut=self._ask_who_owns_the_client_id,
+            unwanted=unsubscribe or frozenset(),
+            drops=DropWatch(self._router.filters, asks=unsubscribe is None),
         )
         self._metrics = Exposition(self.observe)
         self._web = Web(
@@ -315,6 +321,11 @@ class Bridge:
     def status(self) -> dict[str, Any]:
         """What `/api/status` answers."""
         return self._status(self._pipeline.balance())
+
+    @property
+    def owner_epoch(self) -> int:
+        """Under which this process owns its client id; 0 before it does."""
+        return self._sink.owner_epoch
 
     def observe(self) -> Observation:
         """What `/metrics` is made from."""

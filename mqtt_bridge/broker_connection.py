@@ -111,7 +111,8 @@ class BrokerConnection:
         self._filters = filters
         self._inbox = inbox
         self._acks = acks
-        self._wanted = frozenset(self._wire_filters())
+        self._wire_filters = wire_filters(settings, filters)
+        self._wanted = frozenset(self._wire_filters)
         self.subscriptions = subscriptions
         """The filters that the broker's session is known to have."""
         self.confirmed = confirmed
@@ -301,7 +302,7 @@ class BrokerConnection:
         elif not self._wanted:
             self.subscribed = True
         if self._wanted and (self._is_v5 or not self.confirmed):
-            _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._wire_filters()])
+            _, self._suback_for = self._client.subscribe([(name, self._options()) for name in self._wire_filters])
         self.subscriptions |= self._wanted
 
     def _options(self) -> Any:
@@ -310,14 +311,10 @@ class BrokerConnection:
         handling = _RETAIN_HANDLING[self._settings.mqtt_retained]
         return SubscribeOptions(qos=self._settings.mqtt_qos, retainHandling=handling)
 
-    def _wire_filters(self) -> list[str]:
-        group = self._settings.mqtt_shared_group
-        return [f"$share/{group}/{name}" if group else name for name in self._filters]
-
     def _on_subscribe(self, _c: object, _u: object, packet_id: int, reasons: list[ReasonCode], _p: Any) -> None:
         if self._drops.answered(packet_id, reasons) or packet_id != self._suback_for:
             return
-        answers = list(zip(self._wire_filters(), reasons, strict=False))
+        answers = list(zip(self._wire_filters, reasons, strict=False))
         refused = [f"{name} ({reason})" for name, reason in answers if reason.is_failure]
         lowered = [name for name, reason in answers if not reason.is_failure and reason.value < self._settings.mqtt_qos]
         self.problem = _subscription_problem(refused, lowered)
@@ -360,6 +357,12 @@ class BrokerConnection:
             self._inbox.prove(self._acks.prove(self._barrier[1]))
             self._barrier = None
             self._barrier_s = self._clock()
+
+
+def wire_filters(settings: Settings, filters: Sequence[str]) -> list[str]:
+    """The filters as the broker knows them: of a shared subscription where MQTT_SHARED_GROUP asks for one."""
+    group = settings.mqtt_shared_group
+    return [f"$share/{group}/{name}" if group else name for name in filters]
 
 
 def _subscription_problem(refused: Sequence[str], lowered: Sequence[str]) -> str | None:

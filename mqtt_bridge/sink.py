@@ -109,6 +109,11 @@ class Sink:
         return self._persist(lambda connection: self._transactions.run(connection, batch))
 
     @property
+    def owner_epoch(self) -> int:
+        """Under which this process owns the client id; 0 before `open`."""
+        return self._owner_epoch
+
+    @property
     def trouble(self) -> Failure | None:
         """Why something cannot be stored at the moment, the gravest reason first; None while all is well."""
         troubles = list(self._troubles.values())

@@ -15,7 +15,7 @@ from mqtt_bridge.settings import NAMES
 from tests.acceptance.traffic import Publisher, query, wait_until_stored
 from tests.program import run_command
 
-COMMANDS = ("run", "demo", "check", "explain", "simulate", "schema", "status")
+COMMANDS = ("run", "demo", "check", "explain", "simulate", "schema", "status", "retire")
 
 
 def test_the_version_is_printed(tmp_path):
