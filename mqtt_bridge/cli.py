@@ -348,7 +348,8 @@ are stored, and (with what the database noted) what to unsubscribe from.
 * What is published after the UNSUBSCRIBE is not for this session any more. In a shared group the
   others get it. Without one, start the bridge with the new name first: both store what comes
   meanwhile, so let the overlap be short.
-* Where the broker makes the user name the client id, MQTT_USERNAME has to be that of CLIENT_ID.
+* Where the broker makes the user name the client id (Mosquitto's use_username_as_clientid),
+  MQTT_USERNAME has to be CLIENT_ID; with another user it refuses.
 * A broker may throw away what is queued for a client when it unsubscribes (MQTT allows that);
   Mosquitto keeps it.
 * Interrupted or killed, it has lost nothing and stored nothing twice: run it again.
@@ -378,8 +379,6 @@ def retire(client_id: str, quiet: float, yes: bool) -> None:
         line.clear()
         if not yes:
             click.confirm(retiring.question(settings, known), abort=True, err=True)
-        elif caution := retiring.username_caution(settings):
-            line.say(caution)
         with _stopping(retirement.request_stop):
             summary = retirement.run(known)
     click.echo(retiring.render(client_id, summary))

@@ -136,7 +136,8 @@ def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding
     """Whether the broker lets the bridge in, lets it subscribe, grants what it asks for, and keeps what it is given.
 
     Under a client id of its own: the id of a running bridge would cut it off. The first connection asks for a lasting
-    session, to see what is granted, and subscribes to nothing; the second takes it away again.
+    session, to see what is granted, and subscribes to nothing; the second takes it away again. Unless a session was
+    there: a client id that nobody has can have none, so it is that of the user, who may well be the bridge.
     """
     guest = settings.model_copy(
         update={
@@ -144,22 +145,28 @@ def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding
             "mqtt_retained": "never",
         }
     )
+    address = f"{settings.mqtt_host}:{settings.mqtt_port}"
     try:
-        if settings.mqtt_protocol == "5":
-            with visit(guest, filters=(), lasting=True) as connection:
-                if (problem := hindrance(connection, settings)) is not None:
-                    yield Finding("problem", f"MQTT: {problem}")
-                    return
-                granted = connection.granted
-            for shortfall in shortfalls(settings, filters, granted):
+        with visit(guest, filters=(), lasting=True) as connection:
+            if (problem := hindrance(connection, settings)) is not None:
+                yield Finding("problem", f"MQTT: {problem}")
+                return
+            for shortfall in shortfalls(settings, filters, connection.granted):
                 yield Finding(shortfall.level, f"MQTT: {shortfall}")
+            if connection.session_present:
+                yield Finding(
+                    "ok",
+                    f"broker {address} accepts the connection; the broker makes the user name the client id, so its"
+                    " session was left as it is, and no subscription was tried",
+                )
+                return
         watch = DropWatch((), ask_after_s=0.0)
         alone = guest.model_copy(update={"mqtt_shared_group": None})  # it must not be dealt a share of the messages
         with visit(alone, filters=filters, lasting=False, drops=watch) as connection:
             if (problem := hindrance(connection, settings)) is not None:
                 yield Finding("problem", f"MQTT: {problem}")
                 return
-            yield Finding("ok", f"broker {settings.mqtt_host}:{settings.mqtt_port} accepts the subscriptions")
+            yield Finding("ok", f"broker {address} accepts the subscriptions")
             yield from _drops(connection, watch)
     except SettingsError as error:
         yield from (Finding("problem", str(problem)) for problem in error.problems)

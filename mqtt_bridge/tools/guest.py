@@ -6,6 +6,7 @@ Threads: all in the caller's.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -55,6 +56,27 @@ def visit(
         connection.leave()
         connection.step(0.1)  # that is when DISCONNECT is written
         connection.close()
+
+
+def named_by_user(settings: Settings) -> bool | None:
+    """Whether the broker makes the user name the client id, as Mosquitto's `use_username_as_clientid` does.
+
+    It says nothing of it. But two client ids that nobody has can have no session, unless they are given the same one:
+    the user's, which then is left as it is. None where the broker does not let such client ids in.
+    """
+    if settings.mqtt_credentials()[0] is None and settings.mqtt_tls_cert is None:
+        return False
+    guests = [settings.model_copy(update={"mqtt_client_id": f"mqtt-bridge-{uuid.uuid4().hex[:8]}"}) for _ in range(2)]
+    found = []
+    for each in guests:
+        with visit(each, filters=(), lasting=True) as connection:
+            if hindrance(connection, each) is not None:
+                return None
+            found.append(connection.session_present)
+    for each in guests if not found[0] else ():  # these sessions were begun here
+        with visit(each, filters=(), lasting=False) as connection:
+            hindrance(connection, each)
+    return any(found)
 
 
 def hindrance(connection: BrokerConnection, settings: Settings) -> str | None:

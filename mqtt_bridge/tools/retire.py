@@ -35,7 +35,7 @@ from mqtt_bridge.errors import BridgeError, Fenced, SettingsError, classify, exp
 from mqtt_bridge.metrics import Observation
 from mqtt_bridge.ownership import Known
 from mqtt_bridge.settings import Settings
-from mqtt_bridge.tools.guest import hindrance, visit
+from mqtt_bridge.tools.guest import hindrance, named_by_user, visit
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class Retirement:
 
         BridgeError when the client id may not be retired, `Interrupted` by `request_stop`.
         """
-        known = self._insist(lambda connection: ownership.look_up(connection, self._client_id))
+        known = self._insist(lambda: self._ask(lambda connection: ownership.look_up(connection, self._client_id)))
         if known is not None and known.spool_id:
             raise BridgeError(
                 f"{self._client_id!r} may still have messages in a disk buffer ({known.spool_id}), which were"
@@ -147,11 +147,12 @@ class Retirement:
         Raises `Fenced` when a bridge takes the client id back, `Interrupted` by `request_stop`, BridgeError when it
         cannot go on. After each of them it can be run again.
         """
+        self._insist(self._make_sure_whose_session_it_is)
         rounds = [self._round(known, 1)]
         while rounds[-1].received and not rounds[-1].session_gone:
             rounds.append(self._round(known, len(rounds) + 1))
         self._tell(Progress("ending the session", self._drained))
-        ledger_rows = self._insist(lambda connection: self._forget(connection, rounds[-1].owner_epoch))
+        ledger_rows = self._insist(lambda: self._ask(lambda connection: self._forget(connection, rounds[-1])))
         return Summary(
             known=known,
             session_found=any(each.session_found for each in rounds),
@@ -159,6 +160,26 @@ class Retirement:
             ledger_rows=ledger_rows,
             seconds=time.monotonic() - self._began_s,
         )
+
+    def _make_sure_whose_session_it_is(self) -> None:
+        """A broker that makes the user name the client id would give us the session of that user."""
+        username, _ = self._settings.mqtt_credentials()
+        if username == self._client_id:
+            return
+        try:
+            by_user = named_by_user(self._settings)
+        except (OSError, UnicodeError) as error:
+            raise self._unreachable(error) from error
+        if by_user and username is not None:
+            raise BridgeError(
+                f"The broker makes the user name the client id: the session of {username!r} would end, not that of"
+                f" {self._client_id!r}. Set MQTT_USERNAME, and its password, to those of {self._client_id!r}."
+            )
+        if by_user is not False:
+            self._say(
+                "The broker may make the name in the certificate, or the user name, the client id, and then the session"
+                f" of that name ends: make sure that it is {self._client_id!r}."
+            )
 
     # -- a round
 
@@ -208,8 +229,10 @@ class Retirement:
 
     # -- the end
 
-    def _forget(self, connection: BridgeConnection, owner_epoch: int) -> int:
-        return ownership.retire(connection, self._client_id, owner_epoch=owner_epoch, end_session=self._end_session)
+    def _forget(self, connection: BridgeConnection, last: _Round) -> int:
+        return ownership.retire(
+            connection, self._client_id, owner_epoch=last.owner_epoch, end_session=self._end_session
+        )
 
     def _end_session(self) -> None:
         """A clean session takes the place of the one that is there, and ends with its connection: in every protocol."""
@@ -217,17 +240,21 @@ class Retirement:
             with visit(self._settings, filters=(), lasting=False) as connection:
                 problem = hindrance(connection, self._settings)
         except (OSError, UnicodeError) as error:
-            problem = explain_unreachable(error, host=self._settings.mqtt_host, port=self._settings.mqtt_port)
+            raise self._unreachable(error) from error
         if problem:
             raise _NotNow(f"The session cannot be ended: {problem}")
 
+    def _unreachable(self, error: Exception) -> _NotNow:
+        reason = explain_unreachable(error, host=self._settings.mqtt_host, port=self._settings.mqtt_port)
+        return _NotNow(f"The broker: {reason}")
+
     # -- waiting
 
-    def _insist(self, action: Callable[[BridgeConnection], T]) -> T:
-        """Try `action` until both servers are there."""
+    def _insist(self, action: Callable[[], T]) -> T:
+        """Try `action` until the servers that it needs are there."""
         while not self._stop.is_set():
             try:
-                result = self._beside(lambda: self._attempt(action), self._connections.cut_silent)
+                result = self._beside(action, self._connections.cut_silent)
             except _NotNow as error:
                 if self._complaint.is_news(str(error)):
                     self._say(f"{error} Trying again.")
@@ -236,7 +263,7 @@ class Retirement:
             self._stop.wait(RETRY_S)
         raise self._interrupted()
 
-    def _attempt(self, action: Callable[[BridgeConnection], T]) -> T:
+    def _ask(self, action: Callable[[BridgeConnection], T]) -> T:
         connection: BridgeConnection | None = None
         try:
             with self._connections.connection(limit_s=self._settings.db_statement_timeout_s) as connection:
@@ -369,11 +396,11 @@ class ProgressLine:
 def question(settings: Settings, known: Known | None) -> str:
     """What is asked before it begins."""
     broker, client_id = f"{settings.mqtt_host}:{settings.mqtt_port}", settings.mqtt_client_id
-    lines = [f"Client id {client_id!r} at the broker {broker}, in the database: {_acquaintance(known)}."]
-    if caution := username_caution(settings):
-        lines.append(caution)
-    lines.append("What its session holds is stored, then the session ends for good. A bridge that runs under it stops.")
-    return "\n".join([*lines, f"Retire {client_id!r}?"])
+    return (
+        f"Client id {client_id!r} at the broker {broker}, in the database: {_acquaintance(known)}.\n"
+        "What its session holds is stored, then the session ends for good. A bridge that runs under it stops.\n"
+        f"Retire {client_id!r}?"
+    )
 
 
 def _acquaintance(known: Known | None) -> str:
@@ -381,18 +408,6 @@ def _acquaintance(known: Known | None) -> str:
         return "unknown"
     subscriptions = ", ".join(sorted(known.subscriptions)) or "no subscription noted"
     return f"last claimed {known.claimed_at:%Y-%m-%d %H:%M} UTC, {subscriptions}"
-
-
-def username_caution(settings: Settings) -> str | None:
-    """A broker that makes the user name the client id would give us the session of another client."""
-    username, _ = settings.mqtt_credentials()
-    if username is None or username == settings.mqtt_client_id:
-        return None
-    return (
-        f"The broker sees the user {username!r}. If it makes the user name the client id (Mosquitto's"
-        f" use_username_as_clientid), the session of {username!r} would end: then set MQTT_USERNAME and MQTT_PASSWORD"
-        f" of {settings.mqtt_client_id!r}."
-    )
 
 
 def render(client_id: str, summary: Summary) -> str:

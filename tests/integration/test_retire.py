@@ -19,7 +19,7 @@ from mqtt_bridge.ledger import BatchKey, Entry
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.tools import retire as retiring
 from mqtt_bridge.tools.embedded import free_port
-from mqtt_bridge.tools.retire import Interrupted, Retirement, Summary, _Watch, render, username_caution
+from mqtt_bridge.tools.retire import Interrupted, Retirement, Summary, _Watch, render
 from mqtt_bridge.transactions import begin
 from tests.scripted_broker import SUBSCRIBE, Answer, ScriptedBroker
 from tests.waiting import wait_until
@@ -381,13 +381,6 @@ def test_an_outage_is_not_taken_for_messages_that_never_end():
 
 
 # --- For people ---
-
-
-@pytest.mark.parametrize(("username", "warned"), [(None, False), ("hall-7", False), ("bridge", True)])
-def test_a_user_of_another_name_is_a_reason_for_caution(username, warned):
-    settings = Settings(mqtt_client_id="hall-7", mqtt_username=username)
-
-    assert bool(username_caution(settings)) is warned
 
 
 def test_the_summary_names_what_became_of_the_messages():
