@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import IO, Any
 
@@ -372,8 +372,8 @@ def retire(client_id: str, quiet: float, yes: bool) -> None:
         raise click.UsageError("nobody is there to be asked: give --yes")
     settings = with_client_id(load(), client_id)
     logs.configure("error" if settings.log_level == "error" else "warning", settings.log_format)
-    with retiring.ProgressLine(sys.stderr) as line:
-        retirement = retiring.Retirement(settings, quiet_s=quiet, show=line.show, say=line.say)
+    line = retiring.ProgressLine(sys.stderr)
+    with line, closing(retiring.Retirement(settings, quiet_s=quiet, show=line.show, say=line.say)) as retirement:
         with _stopping(retirement.request_stop):
             known = retirement.look_up()
         line.clear()

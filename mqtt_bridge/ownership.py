@@ -17,7 +17,7 @@ import psycopg2
 from psycopg2 import sql
 from psycopg2.extensions import connection as Connection
 
-from mqtt_bridge.errors import Fenced
+from mqtt_bridge.errors import BridgeError, Fenced
 from mqtt_bridge.ledger import BatchKey, Claim, Entry
 
 
@@ -102,16 +102,19 @@ def retire(connection: Connection, client_id: str, *, owner_epoch: int, end_sess
 
     Under the exclusive lock from the question who owns the client id to the COMMIT: a bridge that starts under it
     meanwhile waits, and finds neither session nor ledger. `Fenced` when it came before. Without a row an earlier try
-    was committed: the session may already be another's, and is left alone.
+    was committed: the session may already be another's, and is left alone. `SpoolLeft` when the owner before has begun
+    to spool just before it was fenced.
     """
     with connection.cursor() as cursor:
         cursor.execute("BEGIN")
         cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
         cursor.execute(_OWNER, (client_id,))
         owner = cursor.fetchone()
-        if owner not in (None, (owner_epoch,)):
-            raise Fenced(_FENCED)
         if owner is not None:
+            if owner[0] != owner_epoch:
+                raise Fenced(_FENCED)
+            if owner[1]:
+                raise SpoolLeft(client_id, owner[1])
             end_session()
         # Now nothing can be redelivered, and no older process can commit: nobody needs the ledger any more.
         cursor.execute("DELETE FROM mqtt_bridge.ledger WHERE client_id = %s", (client_id,))
@@ -121,7 +124,18 @@ def retire(connection: Connection, client_id: str, *, owner_epoch: int, end_sess
     return forgotten
 
 
-_OWNER = "SELECT owner_epoch FROM mqtt_bridge.owners WHERE client_id = %s FOR UPDATE"
+class SpoolLeft(BridgeError):
+    """A disk may hold messages that were acknowledged under this client id, and are not in the database."""
+
+    def __init__(self, client_id: str, spool_id: str) -> None:
+        super().__init__(
+            f"{client_id!r} may still have messages in a disk buffer ({spool_id}), which were acknowledged and are not"
+            " in the database yet. Start a bridge under this client id, with its BRIDGE_SPOOL_DIR, until the buffer is"
+            " empty; then retire it."
+        )
+
+
+_OWNER = "SELECT owner_epoch, spool_id FROM mqtt_bridge.owners WHERE client_id = %s FOR UPDATE"
 
 
 def raise_session(connection: Connection, client_id: str, *, owner_epoch: int, session_epoch: int) -> None:

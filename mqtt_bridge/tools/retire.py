@@ -33,7 +33,7 @@ from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import BridgeError, Fenced, SettingsError, classify, explain_unreachable
 from mqtt_bridge.metrics import Observation
-from mqtt_bridge.ownership import Known
+from mqtt_bridge.ownership import Known, SpoolLeft
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.tools.guest import hindrance, named_by_user, visit
 
@@ -41,6 +41,8 @@ T = TypeVar("T")
 
 TICK_S = 0.2
 RETRY_S = 2.0
+PATIENCE_S = 30.0
+"""Beyond its own statement timeout the database is given this long; longer than the end of a session can take."""
 STILL_S = 60.0
 """After this time of messages that go on coming, it is said what may be the reason."""
 LINE, LINE_EVERY_S = 160, 10.0
@@ -130,15 +132,11 @@ class Retirement:
     def look_up(self) -> Known | None:
         """What the database knows of the client id, as soon as it answers. Changes nothing.
 
-        BridgeError when the client id may not be retired, `Interrupted` by `request_stop`.
+        `SpoolLeft` when the client id may not be retired, `Interrupted` by `request_stop`.
         """
         known = self._insist(lambda: self._ask(lambda connection: ownership.look_up(connection, self._client_id)))
         if known is not None and known.spool_id:
-            raise BridgeError(
-                f"{self._client_id!r} may still have messages in a disk buffer ({known.spool_id}), which were"
-                " acknowledged and are not in the database yet. Start a bridge under this client id, with its"
-                " BRIDGE_SPOOL_DIR, until the buffer is empty; then retire it."
-            )
+            raise SpoolLeft(self._client_id, known.spool_id)
         return known
 
     def run(self, known: Known | None) -> Summary:
@@ -266,9 +264,9 @@ class Retirement:
     def _ask(self, action: Callable[[BridgeConnection], T]) -> T:
         connection: BridgeConnection | None = None
         try:
-            with self._connections.connection(limit_s=self._settings.db_statement_timeout_s) as connection:
+            with self._connections.connection(limit_s=self._settings.db_statement_timeout_s + PATIENCE_S) as connection:
                 return action(connection)
-        except (Fenced, SettingsError, _NotNow):
+        except (Fenced, SpoolLeft, SettingsError, _NotNow):
             raise
         except (psycopg2.Error, BridgeError) as error:
             connected = connection is not None and not connection.closed

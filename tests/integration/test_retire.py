@@ -238,6 +238,22 @@ def test_who_was_overtaken_ends_nobodys_session(connection, client_id):
     assert known_clients(connection) == [client_id]
 
 
+def test_a_spool_that_was_begun_just_before_the_claim_keeps_the_session_and_the_row(connection, client_id):
+    claim = ownership.claim(connection, client_id)
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE mqtt_bridge.owners SET spool_id = 'disk-7'")
+    ended: list[str] = []
+
+    with pytest.raises(ownership.SpoolLeft, match="disk-7"):
+        ownership.retire(
+            connection, client_id, owner_epoch=claim.owner_epoch, end_session=lambda: ended.append("session")
+        )
+    connection.rollback()
+
+    assert ended == []
+    assert known_clients(connection) == [client_id]
+
+
 def test_while_the_session_is_being_ended_nobody_can_claim_the_client_id(connection, database, client_id):
     claim = ownership.claim(connection, client_id)
     claimed = threading.Event()
