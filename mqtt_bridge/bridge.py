@@ -26,6 +26,7 @@ import structlog
 from mqtt_bridge import dead_letters, schema
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.batches import Batches
+from mqtt_bridge.broker_limits import DropWatch
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.connections import Connections
 from mqtt_bridge.diversion import Diversion
@@ -34,7 +35,7 @@ from mqtt_bridge.errors import BridgeError, Fenced, Problem, SettingsError, Spoo
 from mqtt_bridge.health import Health
 from mqtt_bridge.last_resort import LastResort
 from mqtt_bridge.ledger import Ledger
-from mqtt_bridge.metrics import Exposition
+from mqtt_bridge.metrics import Exposition, Observation
 from mqtt_bridge.ownership import SpoolAtHand
 from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.rates import Rates
@@ -81,10 +82,20 @@ class Bridge:
     """One bridge: one client id, one subscriber, one pipeline, one sink."""
 
     def __init__(
-        self, settings: Settings, *, abandoned_spool: str | None = None, last_resort: LastResort | None = None
+        self,
+        settings: Settings,
+        *,
+        abandoned_spool: str | None = None,
+        unsubscribe: frozenset[str] | None = None,
+        last_resort: LastResort | None = None,
     ) -> None:
-        """`abandoned_spool`: the id of a spool that is given up, with what may wait in it. `last_resort` ends the
-        process where a thread that hangs keeps `run` from coming to its end."""
+        """`abandoned_spool`: the id of a spool that is given up, with what may wait in it.
+
+        With `unsubscribe` it subscribes to nothing: it unsubscribes from these filters, and from those that the session
+        is known to have, and stores what the session still holds.
+
+        `last_resort` ends the process where a thread that hangs keeps `run` from coming to its end.
+        """
         self._settings = settings
         self._abandoned_spool = abandoned_spool
         self._router = make_router(settings)
@@ -129,11 +140,13 @@ class Bridge:
         )
         self._subscriber = Subscriber(
             settings,
-            filters=self._router.filters,
+            filters=self._router.filters if unsubscribe is None else (),
             inbox=self._pipeline,
             acks=self._acks,
             retained=self._retained,
             on_cut=self._ask_who_owns_the_client_id,
+            unwanted=unsubscribe or frozenset(),
+            drops=DropWatch(self._router.filters, asks=unsubscribe is None),
         )
         self._rates = Rates()
         self._tender_wakes = threading.Event()
@@ -212,6 +225,15 @@ class Bridge:
     def status(self) -> dict[str, Any]:
         """What `/api/status` answers."""
         return self._health.status()
+
+    def observe(self) -> Observation:
+        """What `/metrics` is made from."""
+        return self._health.observe()
+
+    @property
+    def owner_epoch(self) -> int:
+        """Under which this process owns its client id; 0 before it does."""
+        return self._sink.owner_epoch
 
     # -- running
 

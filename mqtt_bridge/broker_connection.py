@@ -27,6 +27,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.broker_limits import DropWatch, shortfalls
 from mqtt_bridge.errors import Problem, SettingsError, explain_refusal
 from mqtt_bridge.model import Publish
 from mqtt_bridge.publish_packet import MalformedPublish, parse
@@ -94,6 +95,8 @@ class BrokerConnection:
         subscriptions: frozenset[str] = frozenset(),
         confirmed: bool = False,
         lasting: bool = True,
+        unwanted: frozenset[str] = frozenset(),
+        drops: DropWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`subscriptions`: the filters that the broker's session is known to have, where it is still there;
@@ -101,18 +104,25 @@ class BrokerConnection:
 
         `retained` follows the replays of the filters from connection to connection.
 
-        `lasting`: the broker keeps the session when the connection ends, as the bridge needs it; `check` does not.
+        `lasting`: the broker keeps the session when the connection ends, as the bridge needs it. Else it begins with
+        a clean session, and takes it away with it.
+
+        `unwanted`: filters to unsubscribe from however little the session is known to have them. Without any `filters`
+        the connection counts as subscribed once the broker has confirmed that.
         """
         self._settings = settings
         self._filters = filters
         self._inbox = inbox
         self._acks = acks
-        self._wanted = frozenset(self._wire_filters())
+        self._wire_filters = wire_filters(settings, filters)
+        self._wanted = frozenset(self._wire_filters)
         self.subscriptions = subscriptions
         """The filters that the broker's session is known to have."""
         self.confirmed = confirmed
         """Whether this process has seen a SUBACK for all it wants, in the present session."""
+        self._unwanted = unwanted
         self._lasting = lasting
+        self._drops = drops or DropWatch(filters, asks=False)
         self._clock = clock
         self._is_v5 = settings.mqtt_protocol == "5"
         self._retained = retained or Retained.of(settings, filters)
@@ -122,6 +132,7 @@ class BrokerConnection:
         self._connected_s: float | None = None
         self._subscribe_at_s: float | None = None  # not before this; None when it is done
         self._suback_for: int | None = None
+        self._unsuback_for: int | None = None
         self._barrier: tuple[int, int] | None = None  # packet id of the UNSUBSCRIBE under way, and its mark
         self._barrier_s = clock()
         self._takes_in = True
@@ -129,6 +140,8 @@ class BrokerConnection:
         """Whether the broker has accepted the connection, and it has not ended."""
         self.subscribed = False
         self.session_present = False
+        self.granted: Any = None
+        """The properties of CONNACK; None over MQTT 3.1.1."""
         self.problem: str | None = None
         """Why the broker refused, or ended, the connection or the subscription."""
 
@@ -162,7 +175,7 @@ class BrokerConnection:
             self._settings.mqtt_port,
             keepalive=self._settings.mqtt_keepalive_s,
             properties=self._connect_properties(),
-            **({"clean_start": False} if self._is_v5 else {}),  # type: ignore[arg-type]
+            **({"clean_start": not self._lasting} if self._is_v5 else {}),  # type: ignore[arg-type]
         )
 
     def _connect_properties(self) -> Properties | None:
@@ -190,6 +203,8 @@ class BrokerConnection:
         if self.connected:
             self._subscribe_when_due()
             self._send_barrier_when_due()
+        if self.subscribed and self._takes_in:
+            self._drops.tend(self._client.subscribe)
         return self._client.socket() is not None
 
     @property
@@ -216,6 +231,7 @@ class BrokerConnection:
 
     def close(self) -> None:
         """Give the socket back, however the connection ended. Idempotent."""
+        self._drops.ended(cut=False)
         self._ended()
         # Private, and what paho does when the client is collected: here that would be at some time in the future.
         self._client._reset_sockets()
@@ -241,26 +257,20 @@ class BrokerConnection:
         self._retained.connected(session_present=flags.session_present)
         self._connected_s = self._subscribe_at_s = self._clock()
         # The session has its subscriptions; the SUBACK of this connection may be queued behind a long backlog.
-        self.subscribed = self.confirmed
+        self.subscribed = self.confirmed and bool(self._wanted)
         self._compare_grants(properties)
 
     def _compare_grants(self, properties: Any) -> None:
-        """Warn where the broker grants less than the promises of the bridge need (MQTT 5, section 3.2.2.3)."""
-        granted_s = getattr(properties, "SessionExpiryInterval", self._settings.mqtt_session_expiry_s)
-        if granted_s < self._settings.mqtt_session_expiry_s:
-            log.warning(
-                "the broker keeps the session for a shorter time than asked; what is published while the bridge is "
-                "away for longer is lost",
-                asked_s=self._settings.mqtt_session_expiry_s,
-                granted_s=granted_s,
-            )
-        if getattr(properties, "MaximumQoS", 2) < self._settings.mqtt_qos:
-            log.warning("the broker does not offer QoS 1: messages may be lost")
+        """Warn where the broker grants less than the promises of the bridge need."""
+        self.granted = properties
+        for shortfall in shortfalls(self._settings, self._filters, properties) if self._lasting else ():
+            log.warning(shortfall.sentence, remedy=shortfall.remedy, **shortfall.figures)
 
     def _on_disconnect(self, _c: object, _u: object, flags: mqtt.DisconnectFlags, reason: ReasonCode, _p: Any) -> None:
         if self.problem is None and flags.is_disconnect_packet_from_server:
             self.problem = f"the broker ended the connection: {reason}."
             self.taken_over = reason.value == SESSION_TAKEN_OVER
+        self._drops.ended(cut=True)
         self._ended()
 
     def _on_publish(self, flags: int, body: bytearray) -> bool:
@@ -270,6 +280,8 @@ class BrokerConnection:
         except MalformedPublish as error:
             self.problem = f"the broker sent {error}; disconnected."
             return False
+        if self._drops.takes(publish):
+            return True
         if self._takes_in or not publish.qos:
             self._inbox.receive(publish)
         return True
@@ -289,12 +301,14 @@ class BrokerConnection:
         Not on the word of the database alone: a process may have died between a CONNECT that began a new session and
         its SUBSCRIBE, and nothing would ever arrive in that session.
         """
-        if dropped := sorted(self.subscriptions - self._wanted):
+        if dropped := sorted((self.subscriptions | self._unwanted) - self._wanted):
             log.info("unsubscribing from what is no longer wanted", filters=dropped)
-            self._client.unsubscribe(dropped)
-        if self._is_v5 or not self.confirmed:
+            _, self._unsuback_for = self._client.unsubscribe(dropped)
+        elif not self._wanted:
+            self.subscribed = True
+        if self._wanted and (self._is_v5 or not self.confirmed):
             self._retained.subscribing()
-            options = [(name, self._options(name)) for name in self._wire_filters()]
+            options = [(name, self._options(name)) for name in self._wire_filters]
             _, self._suback_for = self._client.subscribe(options)
         self.subscriptions |= self._wanted
 
@@ -303,14 +317,10 @@ class BrokerConnection:
             return self._settings.mqtt_qos
         return SubscribeOptions(qos=self._settings.mqtt_qos, retainHandling=self._retained.handling(name))
 
-    def _wire_filters(self) -> list[str]:
-        group = self._settings.mqtt_shared_group
-        return [f"$share/{group}/{name}" if group else name for name in self._filters]
-
     def _on_subscribe(self, _c: object, _u: object, packet_id: int, reasons: list[ReasonCode], _p: Any) -> None:
-        if packet_id != self._suback_for:
+        if self._drops.answered(packet_id, reasons) or packet_id != self._suback_for:
             return
-        answers = list(zip(self._wire_filters(), reasons, strict=False))
+        answers = list(zip(self._wire_filters, reasons, strict=False))
         self._retained.granted(name for name, reason in answers if not reason.is_failure)
         refused = [f"{name} ({reason})" for name, reason in answers if reason.is_failure]
         lowered = [name for name, reason in answers if not reason.is_failure and reason.value < self._settings.mqtt_qos]
@@ -320,6 +330,18 @@ class BrokerConnection:
             self._subscribe_at_s = self._clock() + RESUBSCRIBE_S
         else:
             self.subscriptions = self._wanted
+
+    def _note_unsubscribed(self, reasons: Sequence[ReasonCode]) -> None:
+        """What is no longer wanted is gone; only who wants nothing else waits for that."""
+        if self._wanted:
+            return
+        refused = sorted({str(reason) for reason in reasons if reason.is_failure})
+        self.subscribed = self.confirmed = not refused
+        if refused:
+            self.problem = f"the broker refused to unsubscribe ({', '.join(refused)}). Allow it in the broker's ACL."
+            self._subscribe_at_s = self._clock() + RESUBSCRIBE_S
+        else:
+            self.problem, self.subscriptions = None, frozenset()
 
     # -- the barrier
 
@@ -339,13 +361,21 @@ class BrokerConnection:
             self._barrier = (packet_id, mark)
             self._retained.probe()
 
-    def _on_unsubscribe(self, _c: object, _u: object, packet_id: int, _r: list[ReasonCode], _p: Any) -> None:
+    def _on_unsubscribe(self, _c: object, _u: object, packet_id: int, reasons: list[ReasonCode], _p: Any) -> None:
+        if packet_id == self._unsuback_for:
+            self._note_unsubscribed(reasons)
         if self._barrier and self._barrier[0] == packet_id:
             self._inbox.prove(self._acks.prove(self._barrier[1]))
             if self._takes_in:  # else there may be more at the broker than was counted here
                 self._retained.probed(self._acks.outstanding)
             self._barrier = None
             self._barrier_s = self._clock()
+
+
+def wire_filters(settings: Settings, filters: Sequence[str]) -> list[str]:
+    """The filters as the broker knows them: of a shared subscription where MQTT_SHARED_GROUP asks for one."""
+    group = settings.mqtt_shared_group
+    return [f"$share/{group}/{name}" if group else name for name in filters]
 
 
 def _subscription_problem(refused: Sequence[str], lowered: Sequence[str]) -> str | None:

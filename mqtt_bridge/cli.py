@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import IO, Any
 
@@ -20,12 +20,12 @@ import orjson
 import psycopg2
 
 from mqtt_bridge import __version__, logs, schema
-from mqtt_bridge.bridge import EXIT_FAILED, EXIT_OK, EXIT_SETTINGS, Bridge, make_router
+from mqtt_bridge.bridge import EXIT_FAILED, EXIT_FENCED, EXIT_OK, EXIT_SETTINGS, Bridge, make_router
 from mqtt_bridge.broker_connection import prepare_client
 from mqtt_bridge.connections import BridgeConnection
-from mqtt_bridge.errors import BridgeError, SettingsError, classify
+from mqtt_bridge.errors import BridgeError, Fenced, SettingsError, classify
 from mqtt_bridge.last_resort import OwnProcess
-from mqtt_bridge.settings import Settings, load, unknown_names
+from mqtt_bridge.settings import Settings, load, unknown_names, with_client_id
 from mqtt_bridge.tools.dead_letter_commands import dead_letters
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -45,6 +45,9 @@ def main() -> None:
     except SettingsError as error:
         _tell(error)
         code = EXIT_SETTINGS
+    except Fenced as error:
+        click.echo(f"mqtt-bridge: {error}", err=True)
+        code = EXIT_FENCED
     except BridgeError as error:
         click.echo(f"mqtt-bridge: {error}", err=True)
     _leave(code)
@@ -329,6 +332,59 @@ def _progress_bar(count: int | None, duration: float | None) -> Any:
 
 
 group.add_command(dead_letters)
+
+
+@group.command(
+    epilog="""\b
+Examples:
+  mqtt-bridge retire mqtt-bridge-3
+  mqtt-bridge retire old-name --yes --quiet 10
+  MQTT_TOPICS='sensors/{device}/#' mqtt-bridge retire old-name
+
+\b
+Give it the settings that the bridge ran with: they say where broker and database are, how messages
+are stored, and (with what the database noted) what to unsubscribe from.
+
+\b
+* A bridge that runs under the client id is stopped, with exit code 3. Whatever restarts it would
+  take the client id back, and end this command with exit code 3: stop that first.
+* What is published after the UNSUBSCRIBE is not for this session any more. In a shared group the
+  others get it. Without one, start the bridge with the new name first: both store what comes
+  meanwhile, so let the overlap be short.
+* Where the broker makes the user name the client id (Mosquitto's use_username_as_clientid),
+  MQTT_USERNAME has to be CLIENT_ID; with another user it refuses.
+* A broker may throw away what is queued for a client when it unsubscribes (MQTT allows that);
+  Mosquitto keeps it.
+* Interrupted or killed, it has lost nothing and stored nothing twice: run it again.
+
+\b
+Exit codes: 0 retired, or nothing to retire; 2 settings; 3 a bridge took the client id back; 1 other."""
+)
+@click.argument("client_id")
+@click.option("--quiet", default=5.0, show_default=True, type=click.FloatRange(0.5, 3600), metavar="S",
+              help="Believe that a session is empty when nothing has come for so long.")  # fmt: skip
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def retire(client_id: str, quiet: float, yes: bool) -> None:
+    """End a client id for good: store what its session holds, then end the session.
+
+    For scaling down and for renaming: a session that nobody uses any more goes on collecting messages at the broker.
+    """
+    from mqtt_bridge.tools import retire as retiring
+
+    if not yes and not sys.stdin.isatty():
+        raise click.UsageError("nobody is there to be asked: give --yes")
+    settings = with_client_id(load(), client_id)
+    logs.configure("error" if settings.log_level == "error" else "warning", settings.log_format)
+    line = retiring.ProgressLine(sys.stderr)
+    with line, closing(retiring.Retirement(settings, quiet_s=quiet, show=line.show, say=line.say)) as retirement:
+        with _stopping(retirement.request_stop):
+            known = retirement.look_up()
+        line.clear()
+        if not yes:
+            click.confirm(retiring.question(settings, known), abort=True, err=True)
+        with _stopping(retirement.request_stop):
+            summary = retirement.run(known)
+    click.echo(retiring.render(client_id, summary))
 
 
 @group.command(

@@ -96,6 +96,7 @@ class Health:
                 "session_present": broker.session_present,
                 "client_id": self._settings.mqtt_client_id,
                 "reconnects": broker.reconnects,
+                "dropped": broker.dropped,
             },
             "database": {
                 "connected": self._sink.reachable,

@@ -143,6 +143,12 @@ METRICS: tuple[Declared, ...] = (
         lambda o: o.status["broker"]["reconnects"],
     ),
     Declared(
+        "mqtt_bridge_broker_dropped_total",
+        "counter",
+        "Messages that the broker says it has dropped since its start, of any client; absent where it does not say.",
+        lambda o: o.status["broker"]["dropped"],
+    ),
+    Declared(
         "mqtt_bridge_database_connected",
         "gauge",
         "Whether the database answered when it was last asked.",

@@ -9,14 +9,15 @@ Threads: none of its own. Every function is given a connection, or makes SQL for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import psycopg2
 from psycopg2 import sql
 from psycopg2.extensions import connection as Connection
 
-from mqtt_bridge.errors import Fenced, SpoolElsewhere
+from mqtt_bridge.errors import BridgeError, Fenced, SpoolElsewhere
 from mqtt_bridge.ledger import BatchKey, Claim, Entry
 from mqtt_bridge.retained import Remembered
 
@@ -78,9 +79,11 @@ def _check_disk(spool_id: str | None, spool: SpoolAtHand) -> None:
         raise SpoolElsewhere(spool_id)
 
 
+# A client id that is new begins with the number of the transaction: it may have been retired before, and no epoch of a
+# process from then, which may still be alive somewhere, must ever come again.
 _TAKE_OVER = """
 INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch, spool_id)
-VALUES (%(client_id)s, 1, %(session_epoch)s, %(spool_id)s)
+VALUES (%(client_id)s, pg_current_xact_id()::text::bigint, %(session_epoch)s, %(spool_id)s)
 ON CONFLICT (client_id) DO UPDATE SET owner_epoch = o.owner_epoch + 1, last_seen = now(), spool_id = %(spool_id)s,
   session_epoch = greatest(o.session_epoch, %(session_epoch)s),
   subscriptions = CASE WHEN o.session_epoch >= %(session_epoch)s THEN o.subscriptions END
@@ -107,6 +110,71 @@ def check_owner(connection: Connection, client_id: str, *, owner_epoch: int) -> 
         cursor.execute("SELECT owner_epoch FROM mqtt_bridge.owners WHERE client_id = %s", (client_id,))
         if cursor.fetchone() != (owner_epoch,):
             raise Fenced(_FENCED)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the database knows of a client id."""
+
+    subscriptions: frozenset[str]
+    spool_id: str | None
+    """The disk that may hold messages which were acknowledged under this client id, and are not stored yet."""
+    claimed_at: datetime
+
+
+def look_up(connection: Connection, client_id: str) -> Known | None:
+    """What is known of `client_id`, claiming nothing; None where it is unknown, or the tables are not there yet."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT to_regclass('mqtt_bridge.owners') IS NOT NULL")
+        if cursor.fetchone() != (True,):
+            return None
+        cursor.execute(_LOOK_UP, (client_id,))
+        row = cursor.fetchone()
+    return None if row is None else Known(frozenset((row[0] or "").splitlines()), row[1], row[2])
+
+
+_LOOK_UP = "SELECT subscriptions, spool_id, last_seen FROM mqtt_bridge.owners WHERE client_id = %s"
+
+
+def retire(connection: Connection, client_id: str, *, owner_epoch: int, end_session: Callable[[], object]) -> int:
+    """Have the session ended, and forget the client id; returns how many ledger rows it had left.
+
+    Under the exclusive lock from the question who owns the client id to the COMMIT: a bridge that starts under it
+    meanwhile waits, and finds neither session nor ledger. `Fenced` when it came before. Without a row an earlier try
+    was committed: the session may already be another's, and is left alone. `SpoolLeft` when the owner before has begun
+    to spool just before it was fenced.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
+        cursor.execute(_OWNER, (client_id,))
+        owner = cursor.fetchone()
+        if owner is not None:
+            if owner[0] != owner_epoch:
+                raise Fenced(_FENCED)
+            if owner[1]:
+                raise SpoolLeft(client_id, owner[1])
+            end_session()
+        # Now nothing can be redelivered, and no older process can commit: nobody needs the ledger any more.
+        cursor.execute("DELETE FROM mqtt_bridge.ledger WHERE client_id = %s", (client_id,))
+        forgotten = cursor.rowcount
+        cursor.execute("DELETE FROM mqtt_bridge.owners WHERE client_id = %s", (client_id,))
+        cursor.execute("COMMIT")
+    return forgotten
+
+
+class SpoolLeft(BridgeError):
+    """A disk may hold messages that were acknowledged under this client id, and are not in the database."""
+
+    def __init__(self, client_id: str, spool_id: str) -> None:
+        super().__init__(
+            f"{client_id!r} may still have messages in a disk buffer ({spool_id}), which were acknowledged and are not"
+            " in the database yet. Start a bridge under this client id, with its BRIDGE_SPOOL_DIR, until the buffer is"
+            " empty; then retire it."
+        )
+
+
+_OWNER = "SELECT owner_epoch, spool_id FROM mqtt_bridge.owners WHERE client_id = %s FOR UPDATE"
 
 
 def raise_session(connection: Connection, client_id: str, *, owner_epoch: int, session_epoch: int) -> None:

@@ -223,6 +223,13 @@ def load(environ: Mapping[str, str] | None = None, env_file: str | Path | None =
     return settings
 
 
+def with_client_id(settings: Settings, client_id: str) -> Settings:
+    """The same for another client id; SettingsError when it cannot be one."""
+    other = settings.model_copy(update={"mqtt_client_id": client_id})
+    _raise_if(list(_check_client_id(other)))
+    return other
+
+
 def unknown_names(environ: Mapping[str, str] | None = None, env_file: str | Path | None = ".env") -> list[Problem]:
     """Names that look like settings but are none, most likely mistyped: warnings. Their values are never shown."""
     environ = os.environ if environ is None else environ

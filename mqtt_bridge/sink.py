@@ -117,10 +117,6 @@ class Sink:
         schema.ensure(connection, create=create)
         return ownership.claim(connection, self._client_id, spool)
 
-    @property
-    def _owner_epoch(self) -> int:
-        return self._transactions.owner_epoch
-
     def stop(self) -> None:
         """Give up whatever is being retried: `store` raises `Stopped`. Idempotent."""
         self._stop.set()
@@ -141,6 +137,11 @@ class Sink:
         return 0.0 if since_s is None else time.monotonic() - since_s
 
     @property
+    def owner_epoch(self) -> int:
+        """Under which this process owns the client id; 0 before `open`."""
+        return self._transactions.owner_epoch
+
+    @property
     def trouble(self) -> Failure | None:
         """Why something cannot be stored at the moment, the gravest reason first; None while all is well."""
         troubles = list(self._troubles.values())
@@ -156,8 +157,8 @@ class Sink:
         connection: BridgeConnection | None = None
         try:
             with self._connections.connection(limit_s=PROBE_LIMIT_S) as connection:
-                if self._owner_epoch:
-                    ownership.check_owner(connection, self._client_id, owner_epoch=self._owner_epoch)
+                if self.owner_epoch:
+                    ownership.check_owner(connection, self._client_id, owner_epoch=self.owner_epoch)
                 else:
                     _ask(connection)
         except Fenced:
@@ -174,7 +175,7 @@ class Sink:
         try:
             self.run(
                 lambda connection: ownership.raise_session(
-                    connection, self._client_id, owner_epoch=self._owner_epoch, session_epoch=session_epoch
+                    connection, self._client_id, owner_epoch=self.owner_epoch, session_epoch=session_epoch
                 )
             )
         except Fenced:
@@ -187,19 +188,19 @@ class Sink:
         """Remember which filters the session at the broker has; one try."""
         self.run(
             lambda connection: ownership.note_subscriptions(
-                connection, self._client_id, filters, owner_epoch=self._owner_epoch
+                connection, self._client_id, filters, owner_epoch=self.owner_epoch
             )
         )
 
     def release_spool(self) -> None:
         """Note that no acknowledged message is on the disk any more; one try."""
-        self.run(lambda connection: ownership.release_spool(connection, self._client_id, owner_epoch=self._owner_epoch))
+        self.run(lambda connection: ownership.release_spool(connection, self._client_id, owner_epoch=self.owner_epoch))
 
     def note_retained(self, retained: Remembered) -> None:
         """Remember whose retained messages were stored; one try."""
         self.run(
             lambda connection: ownership.note_retained(
-                connection, self._client_id, retained, owner_epoch=self._owner_epoch
+                connection, self._client_id, retained, owner_epoch=self.owner_epoch
             )
         )
 

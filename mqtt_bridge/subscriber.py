@@ -27,6 +27,7 @@ import structlog
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_connection import BrokerConnection
 from mqtt_bridge.broker_connection import Inbox as ConnectionInbox
+from mqtt_bridge.broker_limits import DropWatch
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.errors import SettingsError, explain_hangup, explain_unreachable
 from mqtt_bridge.ledger import REACH
@@ -40,6 +41,7 @@ TICK_S = 0.25
 """How long the thread sleeps at most while nothing arrives: barriers and timeouts are looked after this often."""
 STEADY_S = 5.0
 """A connection that lasted this long was a good one: the next delay starts small again."""
+NOT_CONNECTED = "not connected yet"
 CONTESTED_CUTS = 3
 """So many connections in a row that did not last: somebody else wants this client id, and takes it each time."""
 
@@ -63,6 +65,8 @@ class BrokerState:
     subscribed: bool
     session_present: bool
     reconnects: int
+    dropped: int | None
+    """Messages that the broker says it has dropped since its start, of any client; None where that is not known."""
     problem: str | None
     """Why it is not connected or not subscribed, with the setting to change; None while all is well."""
 
@@ -79,16 +83,22 @@ class Subscriber:
         acks: AckTracker,
         retained: Retained | None = None,
         on_cut: Callable[[], object] = lambda: None,
+        unwanted: frozenset[str] = frozenset(),
+        drops: DropWatch | None = None,
     ) -> None:
         """`retained` follows the replays of the filters; without it each connection begins anew.
 
-        `on_cut` is called when the broker has ended a connection; it must not block."""
+        `on_cut` is called when the broker has ended a connection; it must not block. `unwanted` as in
+        `BrokerConnection`.
+        """
         self._settings = settings
         self._filters = filters
         self._inbox = inbox
         self._acks = acks
         self._retained = retained
         self._on_cut = on_cut
+        self._unwanted = unwanted
+        self._drops = drops or DropWatch(filters)
         self._complaint = Complaint()
         self._short_lived = 0  # connections in a row that did not last
         self._thread: threading.Thread | None = None
@@ -99,7 +109,7 @@ class Subscriber:
         self._renew = threading.Event()  # the connection shall be ended, for the broker to deliver again
         # Written by the network thread alone, read by others:
         self._connection: BrokerConnection | None = None
-        self._problem: str | None = "not connected yet"
+        self._problem: str | None = NOT_CONNECTED
         self._connects = 0
         self.subscriptions: frozenset[str] = frozenset()
         """Filters that the session at the broker is known to have; set from the database before `start`."""
@@ -163,6 +173,7 @@ class Subscriber:
             subscribed=connection is not None and connection.subscribed,
             session_present=connection is not None and connection.session_present,
             reconnects=max(0, self._connects - 1),
+            dropped=self._drops.dropped,
             problem=(connection.problem if connection is not None else None) or self._problem,
         )
 
@@ -207,6 +218,8 @@ class Subscriber:
                 retained=self._retained,
                 subscriptions=self.subscriptions,
                 confirmed=self._confirmed,
+                unwanted=self._unwanted,
+                drops=self._drops,
             )
         except SettingsError as error:  # a secret or a TLS file has become unreadable
             self._complain(str(error))
@@ -268,6 +281,7 @@ class Subscriber:
             if connection.connected and not was_connected:
                 was_connected = True
                 self._connects += 1
+                self._problem = None if self._problem == NOT_CONNECTED else self._problem
             if connection.subscribed and not was_subscribed:
                 was_subscribed = True
                 self._note_subscribed(connection)

@@ -120,6 +120,10 @@ class ScriptedBroker:
         """True: nothing is answered any more, not even PINGREQ; packets are still recorded."""
         self.answer_subscribe = True
         """False: SUBSCRIBE and UNSUBSCRIBE are recorded only; answer with `send_raw` when it is time."""
+        self.forbidden: frozenset[str] = frozenset()
+        """Filters that are refused (0x87, over 3.1.1 0x80) although others are granted."""
+        self.cuts_at: frozenset[str] = frozenset()
+        """Filters whose SUBSCRIBE is answered by the end of the connection."""
         self.record = Record()
         self._listener = socket.create_server((self.host, 0))
         self.port: int = self._listener.getsockname()[1]
@@ -273,10 +277,16 @@ class ScriptedBroker:
             filters.append((rest[2 : 2 + size].decode(), rest[2 + size]))
             rest = rest[3 + size :]
         self.record.subscribes.append(filters)
-        if self.answer_subscribe:
-            refusal = self.subscribe_reason
-            reasons = bytes(options & 3 if refusal is None else refusal for _, options in filters)
+        if self.cuts_at.intersection(name for name, _ in filters):
+            self.drop()
+        elif self.answer_subscribe:
+            reasons = bytes(self._grant(name, options) for name, options in filters)
             self._send(connection, _packet(SUBACK, mid + self._no_properties() + reasons))
+
+    def _grant(self, name: str, options: int) -> int:
+        if name in self.forbidden:
+            return 0x87 if self._protocol == MQTT_5 else 0x80
+        return options & 3 if self.subscribe_reason is None else self.subscribe_reason
 
     def _on_unsubscribe(self, connection: socket.socket, body: bytes) -> None:
         mid, rest = self._split(body)

@@ -7,9 +7,8 @@ Each finding is one line that names the setting to change. A *problem* keeps the
 from __future__ import annotations
 
 import socket
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,15 +16,15 @@ import psycopg2
 from psycopg2 import sql
 
 from mqtt_bridge import schema
-from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_connection import BrokerConnection
+from mqtt_bridge.broker_limits import DropWatch, shortfalls
 from mqtt_bridge.connections import BridgeConnection
-from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_hangup, explain_unreachable
-from mqtt_bridge.model import Publish
+from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_unreachable
 from mqtt_bridge.settings import Settings
+from mqtt_bridge.tools.guest import hindrance, step_until, visit
 from mqtt_bridge.tools.status import NoStatus, fetch
 
-BROKER_TIMEOUT_S = 10.0
+DROPS_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,62 +132,59 @@ def _check_durability(connection: BridgeConnection) -> Iterator[Finding]:
 # -- the broker
 
 
-class _Discard:
-    """An inbox that wants nothing: the check only looks whether it would be allowed to."""
-
-    session_to_raise = None
-
-    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
-        """Nothing to prepare."""
-
-    def disconnected(self) -> None:
-        """Nothing to forget."""
-
-    def receive(self, publish: Publish) -> None:
-        """A copy for the check; the bridge's own session gets every message as well."""
-
-    def prove(self, positions: Sequence[int]) -> None:
-        """Nothing was acknowledged."""
-
-
 def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding]:
-    """Whether the broker lets the bridge in, and lets it subscribe.
+    """Whether the broker lets the bridge in, lets it subscribe, grants what it asks for, and keeps what it is given.
 
-    Under a client id of its own, with a session that ends with it: the id of a running bridge would cut it off.
+    Under a client id of its own: the id of a running bridge would cut it off. The first connection asks for a lasting
+    session, to see what is granted, and subscribes to nothing; the second takes it away again. Unless a session was
+    there: a client id that nobody has can have none, so it is that of the user, who may well be the bridge.
     """
     guest = settings.model_copy(
         update={
             "mqtt_client_id": f"{settings.mqtt_client_id}-check-{uuid.uuid4().hex[:6]}",
-            "mqtt_shared_group": None,
             "mqtt_retained": "never",
         }
     )
-    connection: BrokerConnection | None = None
+    address = f"{settings.mqtt_host}:{settings.mqtt_port}"
     try:
-        connection = BrokerConnection(guest, filters=filters, inbox=_Discard(), acks=AckTracker(), lasting=False)
-        connection.open()
-        yield _subscribe(connection, settings)
+        with visit(guest, filters=(), lasting=True) as connection:
+            if (problem := hindrance(connection, settings)) is not None:
+                yield Finding("problem", f"MQTT: {problem}")
+                return
+            for shortfall in shortfalls(settings, filters, connection.granted):
+                yield Finding(shortfall.level, f"MQTT: {shortfall}")
+            if connection.session_present:
+                yield Finding(
+                    "ok",
+                    f"broker {address} accepts the connection; the broker makes the user name the client id, so its"
+                    " session was left as it is, and no subscription was tried",
+                )
+                return
+        watch = DropWatch((), ask_after_s=0.0)
+        alone = guest.model_copy(update={"mqtt_shared_group": None})  # it must not be dealt a share of the messages
+        with visit(alone, filters=filters, lasting=False, drops=watch) as connection:
+            if (problem := hindrance(connection, settings)) is not None:
+                yield Finding("problem", f"MQTT: {problem}")
+                return
+            yield Finding("ok", f"broker {address} accepts the subscriptions")
+            yield from _drops(connection, watch)
     except SettingsError as error:
         yield from (Finding("problem", str(problem)) for problem in error.problems)
     except (OSError, UnicodeError) as error:
         reason = explain_unreachable(error, host=settings.mqtt_host, port=settings.mqtt_port)
         yield Finding("problem", f"MQTT: {reason}")
-    finally:
-        if connection is not None:
-            connection.leave()
-            connection.step(0.1)  # that is when DISCONNECT is written
-            connection.close()
 
 
-def _subscribe(connection: BrokerConnection, settings: Settings) -> Finding:
-    deadline_s = time.monotonic() + BROKER_TIMEOUT_S
-    while not connection.subscribed and not connection.problem and time.monotonic() < deadline_s:
-        if not connection.step(0.1):
-            break
-    if connection.subscribed:
-        return Finding("ok", f"broker {settings.mqtt_host}:{settings.mqtt_port} accepts the subscriptions")
-    hangup = explain_hangup(host=settings.mqtt_host, port=settings.mqtt_port, tls=settings.mqtt_tls)
-    return Finding("problem", f"MQTT: {connection.problem or hangup}")
+def _drops(connection: BrokerConnection, watch: DropWatch) -> Iterator[Finding]:
+    step_until(connection, lambda: watch.finished, timeout_s=DROPS_TIMEOUT_S)
+    if watch.dropped:
+        yield Finding(
+            "warning",
+            f"the broker has dropped {watch.dropped:,} messages since its start (of any client): a queue was full, and"
+            " publishers were told that all is well. Raise its max_queued_messages and max_queued_bytes.",
+        )
+    elif watch.dropped == 0:
+        yield Finding("ok", "the broker has dropped no message since its start")
 
 
 # -- HTTP

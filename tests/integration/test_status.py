@@ -31,7 +31,7 @@ STATUS: dict[str, Any] = {
     "latency_s": {"p50": 0.0064, "p99": None},
     "oldest_unacked_s": 3.21,
     "queue": {"depth": 40, "size": 20_000},
-    "broker": {"connected": True, "session_present": False, "client_id": "hall-7", "reconnects": 2},
+    "broker": {"connected": True, "session_present": False, "client_id": "hall-7", "reconnects": 2, "dropped": 3},
     "database": {"connected": False, "pool_in_use": 1, "pool_size": 4},
     "spool": {"messages": 0, "bytes": 0},
     "uptime_s": 93_784.2,
@@ -121,7 +121,7 @@ def test_the_view_shows_state_reasons_and_account():
         "  latency   6.4 ms median, - at the 99th percentile",
         "  waiting   oldest unacknowledged message: 3.2 s",
         "  queue     40 of 20,000 messages",
-        "  broker    connected, new session, 2 reconnects",
+        "  broker    connected, new session, 2 reconnects, 3 messages dropped since its start (of any client)",
         "  database  AWAY, 1 of 4 connections in use, 49,200 rows stored",
         "  spool     empty",
     ]

@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 TABLE = [
     ["__main__", "cli", "pytest_plugin", "testing", "tools"],
     ["bridge", "health", "watchdog", "web", "logs"],
-    ["pipeline", "subscriber", "broker_connection", "publish_packet", "drainer", "batches", "diversion"],
+    [
+        "pipeline",
+        "subscriber",
+        "broker_connection",
+        "broker_limits",
+        "publish_packet",
+        "drainer",
+        "batches",
+        "diversion",
+    ],
     ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "retained", "dead_letters", "settings", "dsn"],
     ["topics", "metrics", "account", "rates", "complaints", "last_resort", "breaker", "model", "errors"],
