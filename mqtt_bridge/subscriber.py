@@ -157,13 +157,13 @@ class Subscriber:
     def _run(self) -> None:
         delay_s = FIRST_DELAY_S
         while not self._stop.is_set() and not self._leaving.is_set():
-            began_s = time.monotonic()
+            began_s, on_purpose = time.monotonic(), False
             try:
-                self._connect_and_receive()
+                on_purpose = self._connect_and_receive()
             except Exception:  # the thread must survive: a connection ends, the next one begins
                 log.exception("the connection to the broker ended with an unforeseen error")
                 self._problem = "the connection to the broker ended with an unforeseen error, see the log."
-            if time.monotonic() - began_s > STEADY_S:
+            if on_purpose or time.monotonic() - began_s > STEADY_S:
                 delay_s = FIRST_DELAY_S
             if self._contested:
                 delay_s = LONGEST_DELAY_S
@@ -172,8 +172,8 @@ class Subscriber:
         self._closed_in.set()
         self._gone.set()
 
-    def _connect_and_receive(self) -> None:
-        """One connection, from the first try to its end."""
+    def _connect_and_receive(self) -> bool:
+        """One connection, from the first try to its end. True when it came to be, and was ended on purpose."""
         try:
             connection = BrokerConnection(
                 self._settings,
@@ -185,7 +185,7 @@ class Subscriber:
             )
         except SettingsError as error:  # a secret or a TLS file has become unreadable
             self._complain(str(error))
-            return
+            return False
         try:
             connection.open()
         except (OSError, UnicodeError) as error:
@@ -193,7 +193,7 @@ class Subscriber:
             self._short_lived = 0  # the broker itself was away: nobody has taken anything over
             reason = explain_unreachable(error, host=self._settings.mqtt_host, port=self._settings.mqtt_port)
             self._complain(reason)
-            return
+            return False
         self._connection = connection
         try:
             on_purpose = self._receive(connection)
@@ -205,6 +205,7 @@ class Subscriber:
                 self._on_cut()
         if not on_purpose:
             self._note_cut(connection)
+        return on_purpose
 
     @property
     def _contested(self) -> bool:
