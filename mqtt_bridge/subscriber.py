@@ -182,14 +182,14 @@ class Subscriber:
     def _run(self) -> None:
         delay_s = FIRST_DELAY_S
         while not self._stop.is_set() and not self._leaving.is_set():
-            began_s = time.monotonic()
+            began_s, on_purpose = time.monotonic(), False
             self.turns += 1
             try:
-                self._connect_and_receive()
+                on_purpose = self._connect_and_receive()
             except Exception:  # the thread must survive: a connection ends, the next one begins
                 log.exception("the connection to the broker ended with an unforeseen error")
                 self._problem = "the connection to the broker ended with an unforeseen error, see the log."
-            if time.monotonic() - began_s > STEADY_S:
+            if on_purpose or time.monotonic() - began_s > STEADY_S:
                 delay_s = FIRST_DELAY_S
             if self._contested:
                 delay_s = LONGEST_DELAY_S
@@ -198,15 +198,14 @@ class Subscriber:
         self._closed_in.set()
         self._gone.set()
 
-    def _connect_and_receive(self) -> None:
-        """One connection, from the first try to its end."""
+    def _connect_and_receive(self) -> bool:
+        """One connection, from the first try to its end. True when it came to be, and was ended on purpose."""
         self.connecting = True
         try:
             connection = self._open()
         finally:
             self.connecting = False
-        if connection is not None:
-            self._live(connection)
+        return connection is not None and self._live(connection)
 
     def _open(self) -> BrokerConnection | None:
         try:
@@ -234,7 +233,7 @@ class Subscriber:
             return None
         return connection
 
-    def _live(self, connection: BrokerConnection) -> None:
+    def _live(self, connection: BrokerConnection) -> bool:
         self._renew.clear()
         self._connection = connection
         try:
@@ -247,6 +246,7 @@ class Subscriber:
                 self._on_cut()
         if not on_purpose:
             self._note_cut(connection)
+        return on_purpose
 
     @property
     def _contested(self) -> bool:

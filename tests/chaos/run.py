@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from mqtt_bridge.settings import Settings
@@ -94,7 +95,7 @@ class Run:
         self._stage.bridge.start()
 
     def _go_through(self, faults: list[Fault]) -> None:
-        for fault, following in zip(faults, [*faults[1:], None], strict=True):
+        for fault, following in pairwise([*faults, None]):
             self._go_on_until(fault.at, ahead_to=following.at if following else self._parameters.messages)
             self._faults.do(fault)
         self._go_on_until(self._parameters.messages)

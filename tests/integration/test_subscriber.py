@@ -657,6 +657,23 @@ def test_an_error_of_the_bridge_itself_costs_the_connection_and_not_the_thread(s
     assert rig.store.payloads == [b"1"]
 
 
+def test_connections_that_it_ends_itself_do_not_make_it_hesitate(scripted, start_rig, monkeypatch):
+    """A backlog is taken in by many short connections, where the broker sends more than it was allowed to."""
+    monkeypatch.setattr("mqtt_bridge.subscriber.FIRST_DELAY_S", 0.02)
+    monkeypatch.setattr("mqtt_bridge.subscriber.REACH", 3)
+    rig = start_rig(scripted.port)
+    rig.wait_until_subscribed()
+    scripted.answer = Answer(session_present=True)
+    scripted.answer_subscribe = False  # nothing is proven
+
+    for number in range(1, 14):  # doubled each time, the delay would be more than a minute
+        scripted.wait_for_connect(number)
+        for packet_id in range(3 * number - 2, 3 * number + 1):
+            scripted.publish(TOPIC, b"%d" % packet_id, mid=packet_id)
+
+    wait_until(lambda: rig.balance.outcomes["stored"] == 39, what="all messages to be stored")
+
+
 def test_connections_leave_no_file_descriptor_behind(scripted, start_rig):
     scripted.answer = Answer(reason=0x88)  # server unavailable
     port_of_nobody = free_port()
