@@ -76,6 +76,13 @@ class SchemaError(SinkError):
         super().__init__(message)
 
 
+class TableAltered(SinkError):
+    """The columns of a table are no longer those that the rows were encoded for: to be read and encoded again."""
+
+    def __init__(self) -> None:
+        super().__init__("A table was altered while it was written to: its columns are read again.")
+
+
 class Fenced(BridgeError):
     """Another process has taken over this client id: this one must stop at once (exit code 3)."""
 
@@ -86,7 +93,7 @@ class Verdict(enum.Enum):
     RECONNECT = "reconnect"
     """The connection is gone or never came: drop it, retry with backoff from 0.1 to 30 s."""
     CONFLICT = "conflict"
-    """Deadlock or serialization failure: retry at once, with jitter."""
+    """Deadlock, serialization failure, a table altered on the way: retry at once, with jitter."""
     BUSY = "busy"
     """A lock or a time limit: retry with backoff, under the same batch key, for the first try may still be alive."""
     RESOURCES = "resources"
@@ -165,6 +172,8 @@ def classify(error: BaseException, *, connected: bool) -> Failure:
     `connected` tells whether the connection is still open: a closed one decides before any SQLSTATE, since libpq
     reports killed backends, restarts and all connect errors without a code.
     """
+    if isinstance(error, TableAltered):
+        return Failure(Verdict.CONFLICT, str(error))
     if isinstance(error, SchemaError):
         return Failure(Verdict.CONFIGURATION, str(error), sql=error.sql)
     if isinstance(error, SinkError | SettingsError):
