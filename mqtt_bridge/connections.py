@@ -40,7 +40,9 @@ class BridgeConnection(extensions.connection):
         self.fresh = True
         """True until a statement has succeeded: a first failure after that may only mean that it had gone stale."""
         self.encoders: dict[str, Encoder] = {}
-        """By table. As old as the connection: a table that is changed is read again by the next one."""
+        """By table, made for the types that its columns had then."""
+        self.checks: dict[str, str] = {}
+        """By table: SQL that fails where its columns are no longer those that the encoder was made for."""
         self.cursor_factory = _NotingCursor
         self.statement_s = time.monotonic()
         """Monotonic time at which the last statement was sent."""

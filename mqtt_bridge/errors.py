@@ -76,6 +76,13 @@ class SchemaError(SinkError):
         super().__init__(message)
 
 
+class TableAltered(SinkError):
+    """The columns of a table are no longer those that the rows were encoded for: to be read and encoded again."""
+
+    def __init__(self) -> None:
+        super().__init__("A table was altered while it was written to: its columns are read again.")
+
+
 class Fenced(BridgeError):
     """Another process has taken over this client id: this one must stop at once (exit code 3)."""
 
@@ -98,7 +105,7 @@ class Verdict(enum.Enum):
     RECONNECT = "reconnect"
     """The connection is gone or never came: drop it, retry with backoff from 0.1 to 30 s."""
     CONFLICT = "conflict"
-    """Deadlock or serialization failure: retry at once, with jitter."""
+    """Deadlock, serialization failure, a table altered on the way: retry at once, with jitter."""
     BUSY = "busy"
     """A lock or a time limit: retry with backoff, under the same batch key, for the first try may still be alive."""
     RESOURCES = "resources"
@@ -154,6 +161,7 @@ _BY_SQLSTATE = {
     "3F000": Verdict.CONFIGURATION,
     "28": Verdict.CONFIGURATION,
     "0A000": Verdict.CONFIGURATION,
+    "22P03": Verdict.CONFIGURATION,  # likewise: COPY's bytes are always well formed, for the types that we know of
     "22": Verdict.ROW,
     "23502": Verdict.ROW,
     "23503": Verdict.ROW,
@@ -176,6 +184,8 @@ def classify(error: BaseException, *, connected: bool) -> Failure:
     `connected` tells whether the connection is still open: a closed one decides before any SQLSTATE, since libpq
     reports killed backends, restarts and all connect errors without a code.
     """
+    if isinstance(error, TableAltered):
+        return Failure(Verdict.CONFLICT, str(error))
     if isinstance(error, SchemaError):
         return Failure(Verdict.CONFIGURATION, str(error), sql=error.sql)
     if isinstance(error, SinkError | SettingsError):
@@ -186,7 +196,9 @@ def classify(error: BaseException, *, connected: bool) -> Failure:
     sqlstate = error.pgcode
     lost = sqlstate is None and isinstance(error, psycopg2.InterfaceError | psycopg2.OperationalError)
     if lost or not connected:
-        return Failure(Verdict.RECONNECT, _sentence(error), _connect_remedy(str(error)), sqlstate)
+        # A connection that the server's answer made useless (25006) has been closed by us: the code has the remedy.
+        remedy = _connect_remedy(str(error)) or _SQLSTATE_REMEDIES.get(sqlstate or "", "")
+        return Failure(Verdict.RECONNECT, _sentence(error), remedy, sqlstate)
     verdict = _verdict(sqlstate, error)
     remedy = "" if verdict is Verdict.ROW else _SQLSTATE_REMEDIES.get(sqlstate or "", "")
     return Failure(verdict, _sentence(error), remedy, sqlstate)
@@ -221,6 +233,9 @@ _CONNECT_REMEDIES = (
     (r"role .* does not exist", "Create the role, or correct the user in DATABASE_URL."),
     ("is not permitted to log in", "Give the role LOGIN, or use another user in DATABASE_URL."),
     ("no pg_hba.conf entry", "Allow this host, user and database in the server's pg_hba.conf."),
+    ("permission denied for database", "GRANT CONNECT ON DATABASE to the user in DATABASE_URL."),
+    ("not currently accepting connections", "Open the database again: ALTER DATABASE with ALLOW_CONNECTIONS true."),
+    (r"too many connections for", "Raise the CONNECTION LIMIT of the role or database, or lower DB_POOL_SIZE."),
     (r"too many (clients|connections)|connection slots", "Raise max_connections on the server, or lower DB_POOL_SIZE."),
     (r"could not translate host name|name or service not known", "Correct the host in DATABASE_URL (or PGHOST)."),
     ("server does not support SSL", "Enable SSL on the server, or lower sslmode in DATABASE_URL (or PGSSLMODE)."),
@@ -239,6 +254,7 @@ def _connect_remedy(text: str) -> str:
     return ""
 
 
+_OTHER_TYPES = "The table's columns are not of the types that the bridge writes: `mqtt-bridge check` names them."
 _SQLSTATE_REMEDIES = {
     "42501": (
         "Grant what is missing to the user in DATABASE_URL: `mqtt-bridge schema` prints objects and grants"
@@ -249,7 +265,8 @@ _SQLSTATE_REMEDIES = {
     "3F000": "Create the schema: `mqtt-bridge schema --apply`, or set DB_AUTO_CREATE=true.",
     "3D000": "Create the database, or correct its name in DATABASE_URL.",
     "28P01": "Correct the user and password in DATABASE_URL.",
-    "08P01": "The table's columns are not of the types that the bridge writes: `mqtt-bridge check` names them.",
+    "08P01": _OTHER_TYPES,
+    "22P03": _OTHER_TYPES,
     "23514": "Create a partition for these times, or a default partition: `mqtt-bridge schema` prints how.",
     "57014": "It took longer than DB_STATEMENT_TIMEOUT_S: raise that, or look for what slows the server down.",
     "53100": "Free disk space on the database server.",

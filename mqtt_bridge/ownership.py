@@ -17,7 +17,7 @@ import psycopg2
 from psycopg2 import sql
 from psycopg2.extensions import connection as Connection
 
-from mqtt_bridge.errors import BridgeError, Fenced, SpoolElsewhere
+from mqtt_bridge.errors import BridgeError, Fenced, SpoolElsewhere, TableAltered
 from mqtt_bridge.ledger import BatchKey, Claim, Entry
 from mqtt_bridge.retained import Remembered
 
@@ -265,15 +265,28 @@ _WRITE = sql.SQL(
 _PRUNE = sql.SQL("DELETE FROM mqtt_bridge.ledger WHERE client_id = {client_id} AND (owner_epoch, batch) IN ({keys});")
 
 
+def refuse_if(condition: sql.Composable, client_id: str) -> sql.Composable:
+    """A statement that fails where `condition` holds: a ledger row without a key. `interpret` reads the failure."""
+    return _REFUSE.format(client_id=sql.Literal(client_id), condition=condition)
+
+
+_REFUSE = sql.SQL("INSERT INTO mqtt_bridge.ledger (client_id) SELECT {client_id} WHERE {condition};")
+
+
 class AlreadyCommitted(Exception):
     """The key of this batch is in the ledger: an earlier try was committed although its answer was lost."""
 
 
 def interpret(error: psycopg2.Error) -> None:
-    """Raise `Fenced` or `AlreadyCommitted` where `error` is the ledger's answer; return where it is not."""
+    """Raise what `error` means where it is the ledger's answer; return where it is not.
+
+    `Fenced`, `AlreadyCommitted`, or `TableAltered` for what `refuse_if` has refused.
+    """
     if error.diag is None or error.diag.schema_name != "mqtt_bridge" or error.diag.table_name != "ledger":
         return
     if error.pgcode == "23502" and error.diag.column_name == "client_id":
         raise Fenced(_FENCED) from error
+    if error.pgcode == "23502" and error.diag.column_name == "owner_epoch":
+        raise TableAltered from error
     if error.pgcode == "23505":
         raise AlreadyCommitted from error

@@ -151,6 +151,17 @@ WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped ORDER
 """
 
 
+def shape_of(connection: Connection, table: str) -> sql.Composable:
+    """An expression: the columns of `table` and their types at this moment, as one text; NULL where it is missing."""
+    return _SHAPE.format(table=sql.Literal(sql.Identifier(*table.split(".")).as_string(connection)))
+
+
+_SHAPE = sql.SQL(
+    "(SELECT string_agg(attname || ' ' || atttypid, ', ' ORDER BY attnum) FROM pg_attribute"
+    " WHERE attrelid = to_regclass({table}) AND attnum > 0 AND NOT attisdropped)"
+)
+
+
 def forbidden(connection: Connection) -> list[str]:
     """Privileges that this role lacks, as the GRANT that gives them."""
     with connection.cursor() as cursor:

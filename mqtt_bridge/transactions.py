@@ -99,10 +99,11 @@ class Transactions:
             self._in_doubt.pop(keys, None)
         return stored
 
-    def _commit(self, cursor: Cursor, batch: Batch, stored: Stored) -> Stored:
+    def _commit(self, connection: BridgeConnection, cursor: Cursor, batch: Batch, stored: Stored) -> Stored:
         """The point of no return: if no answer comes, only the ledger knows whether this happened."""
         self._in_doubt[batch.keys] = stored
-        cursor.execute("COMMIT")
+        # By now the rows hold locks that keep the tables from being altered. The checks cost no round trip.
+        cursor.execute("".join(connection.checks[table] for table in stored.rows) + "COMMIT")
         return stored
 
     # -- all at once
@@ -119,7 +120,7 @@ class Transactions:
                     statement = sql.SQL("")
                 if not copies:  # nothing but the ledger row, see `Ledger.lags`
                     cursor.execute(statement)
-                stored = self._commit(cursor, batch, Stored(_count(batch.translated)))
+                stored = self._commit(connection, cursor, batch, Stored(_count(batch.translated)))
             if batch.translated:
                 self._breaker.stored()
             return stored
@@ -153,8 +154,19 @@ class Transactions:
 
     def _encoder(self, connection: BridgeConnection, table: Table) -> copying.Encoder:
         if table.name not in connection.encoders:
+            # The check first: a change in between is then seen by it.
+            connection.checks[table.name] = self._make_check(connection, table)
             connection.encoders[table.name] = self._make_encoder(connection, table)
         return connection.encoders[table.name]
+
+    def _make_check(self, connection: BridgeConnection, table: Table) -> str:
+        """Binary COPY takes eight bytes for eight bytes: a type that is changed beneath the encoder makes garbage."""
+        shape = schema.shape_of(connection, table.name)
+        with connection.cursor() as cursor:
+            cursor.execute(sql.SQL("SELECT {}").format(shape))
+            (present,) = cursor.fetchone() or (None,)
+        changed = sql.SQL("{} IS DISTINCT FROM {}").format(shape, sql.Literal(present))
+        return ownership.refuse_if(changed, self._client_id).as_string(connection) + " "
 
     def _make_encoder(self, connection: BridgeConnection, table: Table) -> copying.Encoder:
         """Made from the catalogue: binary COPY would take eight bytes of anything for eight bytes of anything else."""
@@ -182,7 +194,7 @@ class Transactions:
                 _copy(cursor, copy, data)
             lost = {id(translated) for translated, _ in refused}
             kept = [translated for translated in batch.translated if id(translated) not in lost]
-            return self._commit(cursor, batch, Stored(_count(kept), tuple(letters)))
+            return self._commit(connection, cursor, batch, Stored(_count(kept), tuple(letters)))
 
     def _pause_if_the_database_is_at_fault(self, batch: Batch, refused: Sequence[tuple[Translated, Failure]]) -> None:
         reason = _reason(refused) if len(refused) == len(batch.translated) else None
@@ -250,7 +262,7 @@ def _copy(cursor: Cursor, statement: sql.Composable, data: bytes) -> None:
 
 @contextmanager
 def _reading_the_ledger() -> Iterator[None]:
-    """Turns what the ledger's constraints refuse into `Fenced` and `AlreadyCommitted`."""
+    """Turns what the ledger's constraints refuse into `Fenced`, `AlreadyCommitted` and `TableAltered`."""
     try:
         yield
     except psycopg2.Error as error:

@@ -6,8 +6,9 @@ import random
 import threading
 
 from mqtt_bridge.tools.embedded import Broker
-from tests.acceptance.traffic import Publisher, query
+from tests.acceptance.traffic import Publisher, compare, query
 from tests.program import Program
+from tests.proxy import TcpProxy
 from tests.waiting import wait_until
 
 DEVICES = 200
@@ -96,6 +97,55 @@ def test_thousands_of_reads_balance_while_200_devices_publish_good_and_bad(make_
     assert bridge.status()["rows_stored"] == expected["rows"]
     assert query(database, "SELECT count(*) FROM readings") == [(expected["rows"],)]
     assert query(database, "SELECT count(*) FROM mqtt_bridge.dead_letters") == [(expected["dead_lettered"],)]
+
+
+def test_reads_balance_while_both_links_are_cut_and_at_the_end_the_database_holds_what_they_say(
+    make_bridge, own_postgres, broker, site
+):
+    postgres = own_postgres()
+    with TcpProxy("127.0.0.1", postgres.port) as to_database, TcpProxy(broker.host, broker.port) as to_broker:
+        through = postgres.dsn().replace(f":{postgres.port}/", f":{to_database.port}/")
+        bridge = make_bridge(through, to_broker, MQTT_PROTOCOL="3.1.1").start().wait_until_ready()
+        stop = threading.Event()
+        readers = [Reader(bridge, stop) for _ in range(READERS)]
+
+        try:
+            with Publisher(broker, site) as publisher:
+                for _ in range(2):  # a third short connection in a row would look like a contested client id
+                    before = bridge.messages()
+                    to_database.refuse()
+                    to_database.cut()
+                    publisher.publish(1000)
+                    wait_until(lambda: bridge.messages()["in_flight"] > 500, timeout_s=30, what="messages to be held")
+                    to_broker.cut()
+                    wait_until(lambda was=before: redelivered(bridge, was), timeout_s=30, what="redeliveries")
+                    to_database.accept()
+                    wait_until(
+                        lambda was=before: all_settled(bridge, was["stored"] + 1000),
+                        timeout_s=60,
+                        what="all to be settled",
+                    )
+                messages = bridge.messages()
+        finally:
+            stop.set()
+            for reader in readers:
+                reader.thread.join()
+
+    assert [reader.unbalanced for reader in readers] == [[]] * READERS
+    assert [reader.backwards for reader in readers] == [[]] * READERS
+    assert messages["stored"] == 2000
+    assert messages["received"] == 2000 + messages["duplicate"]
+    assert messages["duplicate"] >= 500
+    assert compare(postgres.dsn(), publisher.published).exact
+
+
+def redelivered(bridge: Program, before: dict[str, int]) -> bool:
+    return bridge.messages()["duplicate"] >= before["duplicate"] + 250
+
+
+def all_settled(bridge: Program, distinct: int) -> dict[str, int] | None:
+    messages = bridge.messages()
+    return messages if messages["stored"] >= distinct and not messages["in_flight"] else None
 
 
 def test_a_flood_of_qos_0_is_dropped_and_counted_while_qos_1_is_kept(make_bridge, own_postgres, broker, site):

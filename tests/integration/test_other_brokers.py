@@ -1,5 +1,4 @@
-"""Brokers that do not behave like Mosquitto, and commits whose answer is lost: nothing is lost, and what can be
-recognised is stored once.
+"""Brokers that do not behave like Mosquitto: nothing is lost, and what can be recognised is stored once.
 
 The broker is scripted, the database real. The bridge is the whole of it, in this process; where it has to be killed
 it is a process of its own. All messages are identical, so that only their packet ids tell them apart.
@@ -7,12 +6,10 @@ it is a process of its own. All messages are identical, so that only their packe
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -388,173 +385,3 @@ def test_what_a_killed_bridge_had_received_of_a_new_session_is_not_taken_for_wha
 
         assert scripted.wait_for_pubacks(6)[3:] == [1, 2, 3]
     assert stored(database) == 6
-
-
-# -- a COMMIT whose answer is lost
-
-
-class CommitTrap(TcpProxy):
-    """A link to the database that, once armed, holds back the next COMMIT, or the answer to it.
-
-    What was held back goes on with `release`, and is lost with `cut`.
-    """
-
-    def __init__(self, port: int, *, holds: Literal["request", "answer"]) -> None:
-        super().__init__("127.0.0.1", port)
-        self._holds = holds
-        self._armed = False
-        self._released = asyncio.Event()
-        self._sprung = threading.Event()
-
-    def arm(self) -> None:
-        self._armed = True
-
-    def wait(self) -> None:
-        assert self._sprung.wait(20), "no COMMIT came"
-
-    def release(self) -> None:
-        async def release() -> None:
-            self._released.set()
-
-        self._call(release())
-
-    async def _relay(self, *ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
-        (request, to_database), (answer, to_bridge) = ways
-        mine = asyncio.Event()
-        tapped = _Tapped(request, lambda data: self._pass_request(data, mine))
-        held = _Tapped(answer, lambda _: self._pass_answer(mine))
-        await super()._relay((tapped, to_database), (held, to_bridge))
-
-    async def _pass_request(self, data: bytes, mine: asyncio.Event) -> None:
-        if not self._armed or b"COMMIT\0" not in data:
-            return
-        self._armed = False
-        mine.set()
-        self._sprung.set()
-        if self._holds == "request":
-            await self._released.wait()
-
-    async def _pass_answer(self, mine: asyncio.Event) -> None:
-        if mine.is_set() and self._holds == "answer":
-            await self._released.wait()
-
-
-class _Tapped(asyncio.StreamReader):
-    """A reader whose data waits until `allowed` has returned."""
-
-    def __init__(self, reader: asyncio.StreamReader, allowed: Callable[[bytes], Any]) -> None:
-        super().__init__()
-        self._reader = reader
-        self._allowed = allowed
-
-    async def read(self, n: int = -1) -> bytes:
-        data = await self._reader.read(n)
-        await self._allowed(data)
-        return data
-
-
-@pytest.fixture(params=["request", "answer"], ids=["COMMIT held back", "answer to COMMIT held back"])
-def trap(request: pytest.FixtureRequest, database: str) -> Iterator[CommitTrap]:
-    with CommitTrap(port_of(database), holds=request.param) as link:
-        yield link
-
-
-def publish_into(trap: CommitTrap, scripted: ScriptedBroker, database: str) -> None:
-    """Five messages that are stored, five whose COMMIT is in doubt: it did not arrive, or its answer did not."""
-    publish(scripted, range(1, 6))
-    scripted.wait_for_pubacks(5)
-    trap.arm()
-    publish(scripted, range(6, 11))
-    trap.wait()
-    if trap._holds == "answer":
-        wait_until_stored(database, 6)
-
-
-def test_a_commit_in_doubt_is_tried_again_and_stores_once(run_bridge, scripted, database, trap):
-    run_bridge(DATABASE_URL=through(database, trap))
-    publish_into(trap, scripted, database)
-
-    trap.cut()
-
-    assert scripted.wait_for_pubacks(10) == list(range(1, 11))
-    assert stored(database) == 10
-
-
-def test_a_commit_in_doubt_is_tried_again_and_stores_once_when_the_link_to_the_broker_is_cut_as_well(
-    run_bridge, scripted, database, trap
-):
-    run_bridge(DATABASE_URL=through(database, trap))
-    publish_into(trap, scripted, database)
-
-    reconnect(scripted)
-    publish(scripted, range(6, 11), dup=True)
-    publish(scripted, [11])
-    trap.cut()
-
-    assert scripted.wait_for_pubacks(11)[5:] == list(range(6, 12))
-    assert stored(database) == 11
-
-
-def test_a_commit_in_doubt_is_tried_again_and_stores_once_when_the_session_is_lost_as_well(
-    run_bridge, scripted, database, trap
-):
-    run_bridge(DATABASE_URL=through(database, trap))
-    publish_into(trap, scripted, database)
-
-    reconnect(scripted, session_present=False)
-    scripted.wait_for_subscribe(2)
-    publish(scripted, range(1, 6))
-    trap.cut()
-
-    assert scripted.wait_for_pubacks(10)[5:] == list(range(1, 6))
-    wait_until_stored(database, 15)
-    reconnect(scripted)
-    publish(scripted, range(1, 6), dup=True)
-    assert scripted.wait_for_pubacks(15)[10:] == list(range(1, 6))
-    assert stored(database) == 15
-
-
-@pytest.mark.parametrize("ends", ["cut", "release"])
-def test_a_commit_in_doubt_of_a_killed_bridge_is_known_to_the_next_one(tmp_path, scripted, database, trap, ends):
-    with Program(tmp_path, **settings(through(database, trap), scripted)) as bridge:
-        bridge.start()
-        scripted.wait_for_subscribe()
-        publish_into(trap, scripted, database)
-
-        bridge.kill()
-        scripted.answer.session_present = True
-        bridge.start()
-        if trap._holds == "request":  # the transaction is still open: the successor waits for its end
-            wait_until(lambda: waits_for_a_predecessor(database), timeout_s=20, what="the successor to wait")
-            assert len(scripted.record.connects) == 1
-        trap.cut() if ends == "cut" else trap.release()
-        scripted.wait_for_connect(2, timeout_s=30)
-        publish(scripted, range(6, 11), dup=True)
-        publish(scripted, [11])
-
-        assert scripted.wait_for_pubacks(11)[5:] == list(range(6, 12))
-    assert stored(database) == 11
-
-
-def waits_for_a_predecessor(database: str) -> bool:
-    return bool(query(database, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
-
-
-def test_where_every_commit_is_in_doubt_nothing_is_lost_and_nothing_stored_twice(
-    tmp_path: Path, scripted, database, trap
-):
-    """The link to the database is cut at every other COMMIT."""
-    with Program(tmp_path, **settings(through(database, trap), scripted)) as bridge:
-        bridge.start()
-        scripted.wait_for_subscribe()
-
-        for packet_id in range(1, 11):
-            trap._sprung.clear()
-            trap.arm()
-            publish(scripted, [packet_id])
-            trap.wait()
-            trap.cut()
-            scripted.wait_for_pubacks(packet_id, timeout_s=30)
-
-        assert scripted.record.pubacks == list(range(1, 11))
-    assert stored(database) == 10

@@ -331,7 +331,7 @@ def fragile_connection(saboteur):
             super().copy_expert(sql, Data(file, self.connection), 32)
 
         def execute(self, query, vars=None):
-            if query != "COMMIT":
+            if not str(query).endswith("COMMIT"):
                 super().execute(query, vars)
                 return
             saboteur.strikes("before COMMIT", self.connection)
