@@ -60,3 +60,23 @@ def test_without_the_ledger_the_same_faults_bring_duplicates_and_lose_nothing():
     assert result["recognised"] == 0
     assert result["problems"] == ["messages are stored twice"]
     assert code == 1
+
+
+def test_with_a_spool_for_outages_nothing_is_lost_or_stored_twice_when_the_bridge_is_killed_while_it_spools():
+    # A full queue begins to spool at once, a roomy one after ten seconds.
+    code, result = chaos("--quick", "--spool", "outage", "--full-queue", "--outage", "6", "--broker-restarts", "0")
+
+    assert result["faults"]["outage"] == 1
+    assert result["spool_messages"] > 0
+    assert result["comparison"]["stored"] == 4000
+    assert result["problems"] == []
+    assert code == 0
+
+
+def test_with_everything_spooled_kills_and_crashes_of_the_database_lose_nothing_and_store_nothing_twice():
+    code, result = chaos("--quick", "--spool", "always", "--outage", "4")
+
+    assert result["spool_messages"] > 0
+    assert result["comparison"]["stored"] == 4000
+    assert result["problems"] == []
+    assert code == 0
