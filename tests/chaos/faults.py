@@ -60,8 +60,10 @@ class Faults:
             "freeze_db": lambda: self._freeze(stage.database_link),
             "steal": self._steal,
         }
+        idle = self._nothing_to_hit  # an outage may end while a connection is waited for
         done = actions[fault.kind]()
-        (self.done if done else self.skipped if self._nothing_to_hit else self.missed)[fault.kind] += 1
+        idle = idle or self._nothing_to_hit
+        (self.done if done else self.skipped if idle else self.missed)[fault.kind] += 1
 
     @property
     def _nothing_to_hit(self) -> bool:
