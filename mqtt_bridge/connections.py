@@ -24,6 +24,7 @@ from psycopg2 import extensions, pool
 
 from mqtt_bridge.copying import Encoder
 from mqtt_bridge.errors import SinkError
+from mqtt_bridge.model import Table
 
 CLOSE_S = 0.5
 """How long `close` waits for a connection that is being made."""
@@ -37,7 +38,7 @@ class BridgeConnection(extensions.connection):
         self.autocommit = True
         self.fresh = True
         """True until a statement has succeeded: a first failure after that may only mean that it had gone stale."""
-        self.encoders: dict[str, Encoder] = {}
+        self.encoders: dict[Table, Encoder] = {}
         """By table. As old as the connection: a table that is changed is read again by the next one."""
         self.cursor_factory = _NotingCursor
         self.statement_s = time.monotonic()

@@ -49,8 +49,7 @@ class Message(NamedTuple):
     """MQTT 5 properties worth keeping, ready for JSON; None where there are none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """A table that rows are copied into: its name and the columns that rows fill, in order."""
 
     name: str
@@ -69,6 +68,10 @@ class Translation(NamedTuple):
     rows: list[Row]
     ignored: str | None = None
     """Reason when the message is ignored on purpose (`no_values`, `no_route`, `retained` ...), else None."""
+
+
+Translated = tuple[Message, Translation]
+"""A message and what it means."""
 
 
 class DeadLetter(NamedTuple):

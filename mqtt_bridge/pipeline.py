@@ -28,9 +28,9 @@ from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.errors import Fenced, MessageError
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
-from mqtt_bridge.model import DeadLetter, Message, Publish, Tally, Translation
+from mqtt_bridge.model import DeadLetter, Message, Publish, Tally, Translated, Translation
 from mqtt_bridge.sink import Stopped
-from mqtt_bridge.transactions import Batch, Stored, Translated
+from mqtt_bridge.transactions import Batch, Stored
 
 log = structlog.get_logger(__name__)
 

@@ -18,7 +18,7 @@ TABLE = [
     ["__main__", "cli", "pytest_plugin", "testing", "tools"],
     ["bridge", "web", "logs"],
     ["pipeline", "subscriber", "broker_connection", "publish_packet"],
-    ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
+    ["sink", "transactions", "isolation", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "dead_letters", "settings", "dsn"],
     ["topics", "metrics", "account", "rates", "complaints", "breaker", "model", "errors"],
     # Last, since it imports nothing: it holds the version.
