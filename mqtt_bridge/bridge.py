@@ -394,6 +394,7 @@ class Bridge:
             (PROBE_EVERY_S, self._sink.probe),
             (REPORT_EVERY_S, self._report),
             (REPORT_EVERY_S, self._prune),
+            (REPORT_EVERY_S, self._purge),
             (HOUSEKEEPING_EVERY_S, self._keep_house),
         )
         due_s = {action: time.monotonic() + min(pause_s, REPORT_EVERY_S) for pause_s, action in every}
@@ -464,12 +465,15 @@ class Bridge:
                 self._pipeline.give_back(keys)  # forgotten here they would stay in the database for ever
                 raise
 
-    def _keep_house(self) -> None:
+    def _purge(self) -> None:
+        """Delete some of the dead letters that are too old; the rest of them in a minute."""
         if not self._began_receiving:
             return
-        if self._settings.db_auto_create:
-            self._sink.run(lambda connection: schema.make_partitions(connection, datetime.now(UTC)))
         days = self._settings.bridge_dead_letter_days
         purged = self._sink.run(lambda connection: dead_letters.purge_older_than(connection, days))
         if purged:
             log.info("old dead letters were deleted", count=purged, older_than_days=days)
+
+    def _keep_house(self) -> None:
+        if self._began_receiving and self._settings.db_auto_create:
+            self._sink.run(lambda connection: schema.make_partitions(connection, datetime.now(UTC)))

@@ -26,6 +26,7 @@ from psycopg2 import extensions, pool
 
 from mqtt_bridge.copying import Encoder
 from mqtt_bridge.errors import SinkError
+from mqtt_bridge.model import Table
 
 CLOSE_S = 0.5
 """How long `close` waits for a connection that is being made."""
@@ -39,7 +40,7 @@ class BridgeConnection(extensions.connection):
         self.autocommit = True
         self.fresh = True
         """True until a statement has succeeded: a first failure after that may only mean that it had gone stale."""
-        self.encoders: dict[str, Encoder] = {}
+        self.encoders: dict[Table, Encoder] = {}
         """By table, made for the types that its columns had then."""
         self.checks: dict[str, str] = {}
         """By table: SQL that fails where its columns are no longer those that the encoder was made for."""

@@ -1,4 +1,4 @@
-"""Rows into the bytes of COPY ... WITH (FORMAT binary).
+"""Rows into the bytes of COPY ... WITH (FORMAT binary), and those to the server.
 
 The format (PostgreSQL manual, COPY, "Binary Format"): a header, then for each row the number of fields, and for each
 field its length and its bytes, big-endian; a length of -1 is NULL. Binary COPY does not check types, so an `Encoder`
@@ -7,12 +7,16 @@ is made from the types that the table has in the catalogue, never from those tha
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from mqtt_bridge.model import Row
+from psycopg2 import sql
+from psycopg2.extensions import cursor as Cursor
+
+from mqtt_bridge.model import Row, Table
 
 HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
 TRAILER = b"\xff\xff"
@@ -107,3 +111,15 @@ class ReadingsEncoder:
                 self._middles.clear()
             self._middles[device, metric] = middle
         return middle
+
+
+def statement(table: Table) -> sql.Composed:
+    """The statement that takes COPY data for `table`."""
+    return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
+        sql.Identifier(*table.name.split(".")), sql.SQL(", ").join(map(sql.Identifier, table.columns))
+    )
+
+
+def send(cursor: Cursor, text: sql.Composable | str, data: bytes) -> None:
+    """Run `text`, which ends with a COPY statement, and give it `data`: one round trip."""
+    cursor.copy_expert(text, io.BytesIO(data), size=1 << 18)

@@ -77,15 +77,28 @@ def _storable_content(content: Any) -> Any:
     return content
 
 
+PURGED_AT_ONCE = 10_000
+
+
 def purge_older_than(connection: Connection, days: int) -> int:
-    """Delete dead letters that are older than `days`; returns how many. 0 days keeps them for ever."""
+    """Delete some dead letters that are older than `days`, the oldest first; how many. 0 days keeps them for ever.
+
+    At most `PURGED_AT_ONCE`: a statement that deleted millions would be cut off as overdue, each time it is tried.
+    Those that somebody requeues at the moment are left for the next time.
+    """
     if not days:
         return 0
     with connection.cursor() as cursor:
-        cursor.execute(
-            "DELETE FROM mqtt_bridge.dead_letters WHERE received_at < now() - make_interval(days => %s)", (days,)
-        )
+        cursor.execute(_PURGE, {"days": days, "limit": PURGED_AT_ONCE})
         return cursor.rowcount
+
+
+_PURGE = """
+DELETE FROM mqtt_bridge.dead_letters WHERE id IN (
+    SELECT id FROM mqtt_bridge.dead_letters WHERE received_at < now() - make_interval(days => %(days)s)
+    ORDER BY received_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+)
+"""
 
 
 # -- read again

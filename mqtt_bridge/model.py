@@ -51,8 +51,7 @@ class Message(NamedTuple):
     """A replay that is to be ignored (see `retained`): decided when it came, for what is wanted changes meanwhile."""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """A table that rows are copied into: its name and the columns that rows fill, in order."""
 
     name: str
@@ -71,6 +70,10 @@ class Translation(NamedTuple):
     rows: list[Row]
     ignored: str | None = None
     """Reason when the message is ignored on purpose (`no_values`, `no_route`, `retained` ...), else None."""
+
+
+Translated = tuple[Message, Translation]
+"""A message and what it means."""
 
 
 class DeadLetter(NamedTuple):

@@ -47,7 +47,7 @@ class Column:
 
     name: str
     type: str
-    """The type's name in the catalogue: `timestamptz`, `text`, `float8` ..."""
+    """The type's name in the catalogue: `timestamptz`, `text`, `float8` ...; of a domain, the type it is made of."""
     must_be_given: bool
     """NOT NULL, and nothing fills it by itself."""
 
@@ -139,16 +139,24 @@ def unfit(connection: Connection) -> list[str]:
 def columns_of(connection: Connection, table: str) -> tuple[Column, ...]:
     """The columns of `table` (looked up along the search path), in their order; none when there is no such table."""
     with connection.cursor() as cursor:
-        cursor.execute(_COLUMNS, (sql.Identifier(*table.split(".")).as_string(connection),))
+        cursor.execute(_COLUMNS, {"table": sql.Identifier(*table.split(".")).as_string(connection)})
         return tuple(Column(*row) for row in cursor.fetchall())
 
 
 _COLUMNS = """
+WITH RECURSIVE typed AS (
+    SELECT attnum, atttypid AS type FROM pg_attribute
+    WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT typed.attnum, typbasetype FROM typed JOIN pg_type ON oid = type AND typtype = 'd'
+)
 SELECT a.attname, t.typname,
        a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AND a.attgenerated = ''
-FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+FROM typed JOIN pg_type t ON t.oid = typed.type AND t.typtype <> 'd'
+JOIN pg_attribute a ON a.attrelid = to_regclass(%(table)s) AND a.attnum = typed.attnum
+ORDER BY a.attnum
 """
+"""COPY takes a domain in the form of the type that it is made of, and checks it."""
 
 
 def shape_of(connection: Connection, table: str) -> sql.Composable:

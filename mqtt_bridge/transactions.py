@@ -1,8 +1,7 @@
 """One try to commit one batch: rows, dead letters and ledger row together, or not at all.
 
 The first try is a COPY of everything, in one round trip with the ledger row. When a row is at fault the batch is
-taken apart by halves, under savepoints of one transaction, until every message that the server refuses stands alone
-and becomes a dead letter.
+taken apart in a second transaction (`isolation`), and every message that the server refuses becomes a dead letter.
 
 Invariants: one transaction a try; the ledger row comes first, so a batch that an earlier try has committed shows
 itself before a row is written twice; a row at fault costs its message, never the batch.
@@ -12,7 +11,6 @@ Threads: the workers call `Transactions.run`, each with its own connection. The 
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,20 +18,19 @@ from dataclasses import dataclass, field
 
 import psycopg2
 import structlog
-from psycopg2 import sql
+from psycopg2 import extensions, sql
 from psycopg2.extensions import cursor as Cursor
 
-from mqtt_bridge import copying, dead_letters, ownership, schema
+from mqtt_bridge import copying, dead_letters, isolation, ownership, schema
 from mqtt_bridge.breaker import Breaker
 from mqtt_bridge.connections import BridgeConnection
-from mqtt_bridge.errors import ROW_BUILDING, Failure, SinkError, Verdict, classify
+from mqtt_bridge.errors import ROW_BUILDING, Failure, SinkError, classify
+from mqtt_bridge.isolation import AT_FAULT
 from mqtt_bridge.ledger import BatchKey, Entry
-from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Row, Table, Translation
+from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Row, Table, Translated
 from mqtt_bridge.ownership import AlreadyCommitted
 
 log = structlog.get_logger(__name__)
-
-Translated = tuple[Message, Translation]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +61,6 @@ class Stored:
     """Dead letters made here: messages whose rows the server refused."""
 
 
-_AT_FAULT = frozenset({Verdict.ROW, Verdict.UNKNOWN})
-"""Verdicts for which a batch is taken apart."""
-
-
 class Transactions:
     """Commits batches as the owner of `client_id`."""
 
@@ -88,7 +81,7 @@ class Transactions:
         `AlreadyCommitted` where one of several keys was committed before: only each alone can tell which.
         """
         try:
-            stored = self._whole(connection, batch) or self._take_apart(connection, batch)
+            stored = self._store(connection, batch)
         except AlreadyCommitted:
             # That one of several keys is known proves something for all only if they were committed together.
             if batch.also and batch.keys not in self._in_doubt:
@@ -99,6 +92,16 @@ class Transactions:
             self._in_doubt.pop(keys, None)
         return stored
 
+    def _store(self, connection: BridgeConnection, batch: Batch) -> Stored:
+        try:
+            return self._whole(connection, batch)
+        except (psycopg2.Error, *ROW_BUILDING) as caught:
+            error = caught
+            if classify(error, connected=not connection.closed).verdict not in AT_FAULT:
+                raise
+        _rollback(connection)
+        return self._take_apart(connection, batch, error)
+
     def _commit(self, connection: BridgeConnection, cursor: Cursor, batch: Batch, stored: Stored) -> Stored:
         """The point of no return: if no answer comes, only the ledger knows whether this happened."""
         self._in_doubt[batch.keys] = stored
@@ -108,29 +111,20 @@ class Transactions:
 
     # -- all at once
 
-    def _whole(self, connection: BridgeConnection, batch: Batch) -> Stored | None:
-        """None when a row is at fault."""
-        try:
-            with connection.cursor() as cursor, _reading_the_ledger():
-                # One string, one round trip: BEGIN, settings, ledger and the first COPY together.
-                statement: sql.Composable = self._prologue(batch)
-                copies = self._copies(connection, batch.translated, batch.dead_letters)
-                for copy, data in copies:
-                    _copy(cursor, statement + copy, data)
-                    statement = sql.SQL("")
-                if not copies:  # nothing but the ledger row, see `Ledger.lags`
-                    cursor.execute(statement)
-                stored = self._commit(connection, cursor, batch, Stored(_count(batch.translated)))
-            if batch.translated:
-                self._breaker.stored()
-            return stored
-        except psycopg2.Error as error:
-            if _failure(error, connection).verdict not in _AT_FAULT:
-                raise
-        except ROW_BUILDING as error:  # raised while rows were encoded
-            log.debug("a row cannot be encoded", error=str(error))
-        _rollback(connection)
-        return None
+    def _whole(self, connection: BridgeConnection, batch: Batch) -> Stored:
+        with connection.cursor() as cursor, _reading_the_ledger():
+            # One string, one round trip: BEGIN, settings, ledger and the first COPY together.
+            statement: sql.Composable = self._prologue(batch)
+            copies = self._copies(connection, batch.translated, batch.dead_letters)
+            for copy, data in copies:
+                copying.send(cursor, statement + copy, data)
+                statement = sql.SQL("")
+            if not copies:  # nothing but the ledger row, see `Ledger.lags`
+                cursor.execute(statement)
+            stored = self._commit(connection, cursor, batch, Stored(_count(batch.translated)))
+        if batch.translated:
+            self._breaker.stored()
+        return stored
 
     def _prologue(self, batch: Batch) -> sql.Composable:
         bookkeeping = [
@@ -146,18 +140,18 @@ class Transactions:
         rows: dict[Table, list[Row]] = defaultdict(list)
         for _, translation in translated:
             rows[translation.table] += translation.rows
-        copies = [(_copy_statement(t), self._encoder(connection, t)(table_rows)) for t, table_rows in rows.items()]
+        copies = [(copying.statement(t), self._encoder(connection, t)(table_rows)) for t, table_rows in rows.items()]
         if letters:
             data = self._dead_letters([dead_letters.row(letter, self._client_id) for letter in letters])
-            copies.append((_copy_statement(dead_letters.TABLE), data))
+            copies.append((copying.statement(dead_letters.TABLE), data))
         return copies
 
     def _encoder(self, connection: BridgeConnection, table: Table) -> copying.Encoder:
-        if table.name not in connection.encoders:
+        if table not in connection.encoders:
             # The check first: a change in between is then seen by it.
             connection.checks[table.name] = self._make_check(connection, table)
-            connection.encoders[table.name] = self._make_encoder(connection, table)
-        return connection.encoders[table.name]
+            connection.encoders[table] = self._make_encoder(connection, table)
+        return connection.encoders[table]
 
     def _make_check(self, connection: BridgeConnection, table: Table) -> str:
         """Binary COPY takes eight bytes for eight bytes: a type that is changed beneath the encoder makes garbage."""
@@ -178,23 +172,35 @@ class Transactions:
 
     # -- taken apart
 
-    def _take_apart(self, connection: BridgeConnection, batch: Batch) -> Stored:
+    def _take_apart(self, connection: BridgeConnection, batch: Batch, error: Exception) -> Stored:
         """Store all that can be stored, and make dead letters of the messages that the server refuses."""
-        refused: list[tuple[Translated, Failure]] = []
         with connection.cursor() as cursor, _reading_the_ledger():
-            cursor.execute(self._prologue(batch))
-            cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # a deferred one would fail at COMMIT, naming no row
-            self.store_part(connection, cursor, batch.translated, refused)
+            # Immediate, since a deferred constraint would fail at COMMIT, naming no row.
+            cursor.execute(self._prologue(batch) + sql.SQL("SET CONSTRAINTS ALL IMMEDIATE"))
+            refused = self.isolate(connection, cursor, batch.translated, error=error)
             self._pause_if_the_database_is_at_fault(batch, refused)
             letters = [
                 DeadLetter(message, translation.route, "store", failure.sentence, failure.sqlstate)
                 for (message, translation), failure in refused
             ]
             for copy, data in self._copies(connection, [], [*batch.dead_letters, *letters]):
-                _copy(cursor, copy, data)
+                copying.send(cursor, copy, data)
             lost = {id(translated) for translated, _ in refused}
             kept = [translated for translated in batch.translated if id(translated) not in lost]
             return self._commit(connection, cursor, batch, Stored(_count(kept), tuple(letters)))
+
+    def isolate(
+        self,
+        connection: BridgeConnection,
+        cursor: Cursor,
+        translated: Sequence[Translated],
+        *,
+        error: Exception | None = None,
+    ) -> list[tuple[Translated, Failure]]:
+        """Store what can be stored of `translated`; returns what cannot. See `isolation.isolate`."""
+        return isolation.isolate(
+            cursor, translated, lambda table, rows: self._encoder(connection, table)(rows), error=error
+        )
 
     def _pause_if_the_database_is_at_fault(self, batch: Batch, refused: Sequence[tuple[Translated, Failure]]) -> None:
         reason = _reason(refused) if len(refused) == len(batch.translated) else None
@@ -205,41 +211,11 @@ class Transactions:
         if self._breaker.refused(reason, rows=rows, topics={message.topic for message, _ in batch.translated}):
             raise SinkError(f"every row of every topic is refused alike, as by a changed table: {refused[0][1]}")
 
-    def store_part(
-        self,
-        connection: BridgeConnection,
-        cursor: Cursor,
-        part: Sequence[Translated],
-        refused: list[tuple[Translated, Failure]],
-    ) -> None:
-        """Store `part`, or by halves what of it can be stored; what cannot is added to `refused`."""
-        cursor.execute("SAVEPOINT part")
-        try:
-            for copy, data in self._copies(connection, part, []):
-                _copy(cursor, copy, data)
-            cursor.execute("RELEASE SAVEPOINT part")
-            return
-        except (psycopg2.Error, *ROW_BUILDING) as error:
-            failure = _failure(error, connection)
-            if failure.verdict not in _AT_FAULT:
-                raise
-        cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
-        if len(part) == 1:
-            refused.append((part[0], failure))
-            return
-        middle = len(part) // 2
-        self.store_part(connection, cursor, part[:middle], refused)
-        self.store_part(connection, cursor, part[middle:], refused)
-
 
 def _reason(refused: Sequence[tuple[Translated, Failure]]) -> str | None:
     """The one reason for which all of these were refused; None where there are several."""
     reasons = {failure.sqlstate or failure.sentence for _, failure in refused}
     return reasons.pop() if len(reasons) == 1 else None
-
-
-def _failure(error: Exception, connection: BridgeConnection) -> Failure:
-    return classify(error, connected=not connection.closed)
 
 
 def begin(statement_timeout_s: float) -> sql.Composable:
@@ -248,16 +224,6 @@ def begin(statement_timeout_s: float) -> sql.Composable:
         "BEGIN; SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = '10s';"
         " SET LOCAL idle_in_transaction_session_timeout = '30s'; SET LOCAL synchronous_commit = on;"
     ).format(sql.Literal(f"{int(statement_timeout_s * 1000)}ms"))
-
-
-def _copy_statement(table: Table) -> sql.Composed:
-    return sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(
-        sql.Identifier(*table.name.split(".")), sql.SQL(", ").join(map(sql.Identifier, table.columns))
-    )
-
-
-def _copy(cursor: Cursor, statement: sql.Composable, data: bytes) -> None:
-    cursor.copy_expert(statement, io.BytesIO(data), size=1 << 18)
 
 
 @contextmanager
@@ -271,8 +237,9 @@ def _reading_the_ledger() -> Iterator[None]:
 
 
 def _rollback(connection: BridgeConnection) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("ROLLBACK")
+    if connection.info.transaction_status != extensions.TRANSACTION_STATUS_IDLE:
+        with connection.cursor() as cursor:
+            cursor.execute("ROLLBACK")
 
 
 def _count(translated: Sequence[Translated]) -> dict[str, int]:

@@ -9,7 +9,7 @@ the same time never have the same letter: what one has locked the other skips (S
 committed the other finds marked, since PostgreSQL looks at a row again once it is locked (READ COMMITTED).
 
 A letter that fails again is left as it is. A row that the server refuses costs its letter only: chunks are stored by
-`transactions`, which takes them apart under savepoints. Anything else that the server says (no such table, a lost
+`isolation`, under savepoints. Anything else that the server says (no such table, a lost
 connection) ends the run with that error; the chunk in hand is rolled back, all before it stay.
 
 Everything runs in the caller's thread, on one connection in autocommit mode.
@@ -30,9 +30,9 @@ from mqtt_bridge import dead_letters
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.dead_letters import Kept, Selection
 from mqtt_bridge.errors import Failure, MessageError, Stage
-from mqtt_bridge.model import Tally, Translation
+from mqtt_bridge.model import Tally, Translated, Translation
 from mqtt_bridge.routes import Router
-from mqtt_bridge.transactions import Transactions, Translated, begin
+from mqtt_bridge.transactions import Transactions, begin
 
 REQUEUE_CHUNK = 200
 """Most letters that are locked, and stored, by one transaction."""
@@ -143,10 +143,8 @@ class DeadLetterOffice:
 
     def _copy(self, translated: Sequence[Translated]) -> dict[int, Failure]:
         """Why the server refused what it refused, by the identity of the item."""
-        refused: list[tuple[Translated, Failure]] = []
-        if translated:
-            with self._connection.cursor() as cursor:
-                self._transactions.store_part(self._connection, cursor, translated, refused)
+        with self._connection.cursor() as cursor:
+            refused = self._transactions.isolate(self._connection, cursor, translated)
         return {id(item): failure for item, failure in refused}
 
     @contextmanager

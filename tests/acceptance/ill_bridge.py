@@ -14,11 +14,12 @@ from typing import NoReturn
 
 from mqtt_bridge import subscriber, watchdog
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.batches import Work
 from mqtt_bridge.cli import main
 from mqtt_bridge.last_resort import OwnProcess
 from mqtt_bridge.ledger import Entry
 from mqtt_bridge.model import Message, Publish, Tally, Translation
-from mqtt_bridge.pipeline import Pipeline, _Work
+from mqtt_bridge.pipeline import Pipeline
 from mqtt_bridge.routes import Router
 from mqtt_bridge.transactions import Stored
 from tests.waiting import wait_until
@@ -128,7 +129,7 @@ def an_acknowledgement_is_lost() -> None:
 def a_worker_hangs_with_the_lock() -> None:
     """What everybody needs is never given back: the network thread, HTTP and the orderly end hang with it."""
 
-    def settle(self: Pipeline, work: _Work, entry: Entry | None, stored: Stored) -> None:
+    def settle(self: Pipeline, work: Work, entry: Entry | None, stored: Stored | None) -> None:
         if any(message.payload == ILL_AT for message in work.messages):
             with self._lock:
                 _hang()

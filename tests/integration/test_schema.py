@@ -283,6 +283,19 @@ def test_an_unfit_table_is_described_column_by_column(connection):
         assert problem in str(caught.value)
 
 
+def test_a_domain_fits_if_the_type_that_it_is_made_of_does(connection):
+    sql(connection, "CREATE DOMAIN short AS varchar(20); CREATE DOMAIN named AS short CHECK (VALUE <> '')")
+    sql(connection, "CREATE DOMAIN whole AS bigint CHECK (VALUE > 0)")
+    sql(
+        connection, "CREATE TABLE readings (time timestamptz, device named, metric short, value whole, value_text text)"
+    )
+
+    problems = schema.unfit(connection)
+
+    assert problems == ["column readings.value is of type int8, not float8"]
+    assert [column.name for column in schema.columns_of(connection, "readings")] == list(schema.READINGS_TYPES)
+
+
 def test_a_column_that_nobody_would_fill_makes_a_table_unfit(connection):
     sql(connection, OWN_READINGS.replace(")", ", site text NOT NULL)"))
 

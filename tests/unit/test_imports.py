@@ -27,7 +27,7 @@ TABLE = [
         "batches",
         "diversion",
     ],
-    ["sink", "transactions", "connections", "copying", "spool", "routes", "schema"],
+    ["sink", "transactions", "isolation", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "retained", "dead_letters", "settings", "dsn"],
     ["topics", "metrics", "account", "rates", "complaints", "last_resort", "breaker", "model", "errors"],
     # Last, since it imports nothing: it holds the version.
