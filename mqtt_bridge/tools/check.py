@@ -9,8 +9,6 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import psycopg2
 from psycopg2 import sql
@@ -21,21 +19,12 @@ from mqtt_bridge.broker_limits import DropWatch, shortfalls
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_unreachable
 from mqtt_bridge.settings import Settings
+from mqtt_bridge.tools.check_spool import check_disk, check_spool
+from mqtt_bridge.tools.findings import Finding
 from mqtt_bridge.tools.guest import hindrance, step_until, visit
 from mqtt_bridge.tools.status import NoStatus, fetch
 
 DROPS_TIMEOUT_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report."""
-
-    level: Literal["ok", "warning", "problem"]
-    text: str
-
-    def __str__(self) -> str:
-        return f"{ {'ok': 'ok      ', 'warning': 'WARNING ', 'problem': 'PROBLEM '}[self.level] }{self.text}"
 
 
 def check(
@@ -50,6 +39,7 @@ def check(
         yield Finding("warning", "MQTT_PASSWORD travels unencrypted. Set MQTT_TLS=true and the broker's TLS port.")
     if not offline:
         yield from check_database(settings)
+        yield from check_spool(settings)
         yield from check_broker(settings, filters)
         yield from check_http(settings)
 
@@ -68,14 +58,14 @@ def check_database(settings: Settings) -> Iterator[Finding]:
         yield Finding("problem", f"database: {classify(error, connected=False)}")
         return
     try:
-        yield from _inspect_database(connection, create=settings.db_auto_create)
+        yield from _inspect_database(connection, settings)
     except psycopg2.Error as error:
         yield Finding("problem", f"database: {classify(error, connected=not connection.closed)}")
     finally:
         connection.close()
 
 
-def _inspect_database(connection: BridgeConnection, *, create: bool) -> Iterator[Finding]:
+def _inspect_database(connection: BridgeConnection, settings: Settings) -> Iterator[Finding]:
     info = connection.info
     yield Finding("ok", f"database {info.dbname!r} at {info.host or 'local socket'}:{info.port} answers as {info.user}")
     if schema.server_version(connection) < schema.OLDEST_SERVER:
@@ -86,7 +76,8 @@ def _inspect_database(connection: BridgeConnection, *, create: bool) -> Iterator
         yield from (Finding("problem", f"database: {fault}.") for fault in faults)
         if not faults:
             yield Finding("ok", "tables and grants are as they should be")
-    elif create:
+            yield from check_disk(connection, settings)
+    elif settings.db_auto_create:
         yield from _check_creation(connection, absent)
     else:
         remedy = "Run `mqtt-bridge schema --apply`, or set DB_AUTO_CREATE=true."

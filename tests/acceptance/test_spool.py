@@ -189,6 +189,9 @@ def test_a_start_without_the_disk_that_may_hold_messages_is_refused_until_it_is_
     epoch = query(postgres.dsn(), "SELECT owner_epoch, spool_id FROM mqtt_bridge.owners")
     at_hand = bridge.settings["BRIDGE_SPOOL_DIR"]
 
+    settings = bridge.settings | {"BRIDGE_SPOOL": "off", "BRIDGE_SPOOL_DIR": ""}
+    assert "which is not in BRIDGE_SPOOL_DIR" in run_command(tmp_path, "check", **settings).stdout
+    assert "100 messages wait in it" in run_command(tmp_path, "check", **bridge.settings).stdout
     for other in ({"BRIDGE_SPOOL_DIR": tmp_path / "new"}, {"BRIDGE_SPOOL": "off", "BRIDGE_SPOOL_DIR": ""}):
         bridge.settings.update(other)
         assert bridge.start().wait() == 2
@@ -244,10 +247,11 @@ def test_a_full_spool_stops_acknowledging_says_so_and_recovers(make_spooling, ow
     assert_balanced(bridge)
 
 
-def test_a_successor_waits_for_the_directory(make_spooling, database, broker, site):
+def test_a_successor_waits_for_the_directory(make_spooling, database, broker, site, tmp_path):
     first = make_spooling(database, "outage", MQTT_CLIENT_ID=site).start().wait_until_ready()
     second = make_spooling(database, "outage", MQTT_CLIENT_ID=site).start()
 
+    assert "in use by a running bridge" in run_command(tmp_path, "check", **first.settings).stdout
     second.wait_for_log("is in use by another process")
     assert second.healthz() == 200
     assert first.stop() == 0
@@ -265,6 +269,7 @@ def test_a_directory_that_cannot_be_used_is_a_configuration_error(database, brok
     assert result.returncode == 2
     assert "BRIDGE_SPOOL" in result.stderr
     assert "Traceback" not in result.stderr
+    assert run_command(tmp_path, "check", BRIDGE_SPOOL="outage", BRIDGE_SPOOL_DIR=directory).returncode == 2
 
 
 def test_a_dead_letter_is_made_when_the_batch_leaves_the_disk(make_spooling, own_postgres, broker, site):
