@@ -20,7 +20,7 @@ TABLE = [
     ["pipeline", "subscriber", "broker_connection", "publish_packet"],
     ["sink", "transactions", "isolation", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "dead_letters", "settings", "dsn"],
-    ["topics", "metrics", "account", "rates", "complaints", "breaker", "model", "errors"],
+    ["topics", "metrics", "account", "rates", "complaints", "breaker", "dead_letter_share", "model", "errors"],
     # Last, since it imports nothing: it holds the version.
     ["__init__"],
 ]
