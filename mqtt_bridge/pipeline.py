@@ -27,6 +27,7 @@ from mqtt_bridge.account import Account, Balance
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.batches import Batches, Work
 from mqtt_bridge.complaints import Complaint
+from mqtt_bridge.dead_letter_share import DeadLetterShare
 from mqtt_bridge.errors import Fenced
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
 from mqtt_bridge.model import DeadLetter, Message, Publish
@@ -113,6 +114,7 @@ class Pipeline:
         self._owed_bytes = 0
         self._account = Account()
         self._complaint = Complaint()
+        self._share = DeadLetterShare()
         self._ledger = ledger
         self._draining = False
         self._stopped = False
@@ -343,9 +345,11 @@ class Pipeline:
     def _book(self, work: Work, stored: Stored) -> None:
         self._account.book("stored", len(work.translated) - len(stored.refused))
         self._account.book("ignored", sum(work.tally.ignored.values()))
-        for letter in (*work.dead_letters, *stored.refused):
+        letters = (*work.dead_letters, *stored.refused)
+        for letter in letters:
             self._account.book_dead_letter(letter.stage)
             self._tell(letter)
+        self._warn_of_many(len(work.messages), len(letters))
         self._account.book_tally(work.tally)
         self._account.book_rows(stored.rows)
         self._account.book_latencies([message.received_us for message in work.messages], self._clock_us())
@@ -358,6 +362,17 @@ class Pipeline:
                 topic=letter.message.topic.decode("utf-8", "backslashreplace"),
                 stage=letter.stage,
                 error=letter.error,
+            )
+
+    def _warn_of_many(self, messages: int, letters: int) -> None:
+        share = self._share.count(messages, dead_letters=letters)
+        if share and share.high:
+            log.warning(
+                "many messages become dead letters; all others are stored",
+                share=str(share),
+                dead_letters=share.dead_letters,
+                messages=share.messages,
+                remedy="`mqtt-bridge dead-letters list --summary` counts them by reason",
             )
 
     # -- what others ask

@@ -14,6 +14,7 @@ from mqtt_bridge import batches as batches_module
 from mqtt_bridge import pipeline as pipeline_module
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.batches import Batches
+from mqtt_bridge.dead_letter_share import DeadLetterShare
 from mqtt_bridge.errors import Fenced, MessageError
 from mqtt_bridge.ledger import REACH, Claim, Ledger
 from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Publish, Table, Translation
@@ -972,3 +973,41 @@ def test_who_asks_what_is_held_while_the_lock_hangs_gets_an_answer(hall_of):
         assert hall.pipeline.holds(1, timeout_s=0.0)
         assert hall.pipeline.batches_in_hand() == {}
         assert not hall.pipeline.waits_for_a_free_worker
+
+
+# -- a high share of dead letters
+
+
+def warned_of(logs):
+    return [(log["share"], log["dead_letters"], log["messages"]) for log in logs if "many messages" in log["event"]]
+
+
+def test_a_high_share_of_dead_letters_is_warned_of_once_a_minute_whatever_stage_they_failed_at(hall_of):
+    hall, now_s = hall_of(), [0.0]
+    hall.pipeline._share = DeadLetterShare(lambda: now_s[0])
+    hall.store.refuse = frozenset({b"refused"})
+
+    with capture_logs() as logs:
+        for _ in range(3):
+            hall.receive(*[b"good"] * 79, *[b"broken"] * 10, *[b"refused"] * 10)
+            hall.settle()
+            now_s[0] += 60.0
+            hall.receive(b"ignored")
+            hall.settle()
+
+    assert warned_of(logs) == [("20%", 20, 100)] * 3
+    assert hall.balance().outcomes["stored"] == 3 * 79
+
+
+def test_a_low_share_of_dead_letters_is_not_warned_of(hall_of):
+    hall, now_s = hall_of(), [0.0]
+    hall.pipeline._share = DeadLetterShare(lambda: now_s[0])
+    hall.receive(*[b"good"] * 94, *[b"broken"] * 5)
+    hall.settle()
+    now_s[0] += 60.0
+
+    with capture_logs() as logs:
+        hall.receive(b"good")
+        hall.settle()
+
+    assert warned_of(logs) == []
