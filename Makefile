@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 RUN_ARGS ?=
 TEST_ARGS ?=
+# Tests that run side by side, each process with servers of its own; 0 runs all in one, as --pdb needs it.
+TEST_JOBS ?= auto
 CHAOS_ARGS ?=
 
 # One stamp for each set of extras, newer than the metadata it was installed from. Larger sets contain the smaller:
@@ -41,7 +43,7 @@ run: $(CORE) ## the bridge, configured by environment and .env (RUN_ARGS=...)
 	@$(BIN)/mqtt-bridge run $(RUN_ARGS)
 
 test: $(TEST) ## every test (TEST_ARGS="-k tape -x")
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
 chaos: $(TEST) ## the bridge under kills, crashes and cuts, compared message by message (CHAOS_ARGS="--help")
 	@$(BIN)/python -m tests.chaos $(CHAOS_ARGS)

@@ -247,7 +247,7 @@ def sorted_office(office) -> tuple[Office, dict[int, str]]:
     return office, {letter_id: name for name, letter_id in ids.items()}
 
 
-@pytest.mark.parametrize("arguments", FILTERS)
+@pytest.mark.parametrize("arguments", FILTERS, ids=[re.sub(r"\d{4}-\S+", "DATE", arguments) for arguments in FILTERS])
 def test_a_filter_selects_what_meets_it(sorted_office, arguments):
     office, names = sorted_office
 
