@@ -57,7 +57,8 @@ class Places(NamedTuple):
         held = self.queued + self.in_hand
         durable = self.rows + self.letters
         ignored = {number for number in self.arrived if number % 10 == 1}
-        settled_ignored = len(ignored - held.keys())
+        # A batch in which all is ignored leaves no trace: what comes again is ignored again, and is no duplicate.
+        ignored_again = self.booked["ignored"] - len(ignored - held.keys())
         unsettled = sum(self.in_hand.values())
         statements = {
             "a message is held twice": max(held.values(), default=1) > 1,
@@ -66,8 +67,8 @@ class Places(NamedTuple):
             "a message is nowhere": bool(self.arrived.keys() - held.keys() - durable.keys() - ignored),
             "something is stored that never arrived": bool(durable.keys() - self.arrived.keys()),
             "received": self.booked["received"] != self.arrived.total(),
-            "duplicate": self.booked["duplicate"] != self.arrived.total() - len(self.arrived),
-            "ignored": self.booked["ignored"] != settled_ignored,
+            "duplicate": self.booked["duplicate"] + ignored_again != self.arrived.total() - len(self.arrived),
+            "ignored": not 0 <= ignored_again <= sum(self.arrived[number] - 1 for number in ignored),
             "stored": not 0 <= self.rows.total() - self.booked["stored"] <= unsettled,
             "dead_lettered": not 0 <= self.letters.total() - self.booked["dead_lettered"] <= unsettled,
             "what is settled is not what is durable": (
@@ -77,7 +78,17 @@ class Places(NamedTuple):
             "held": self.held != held.total(),
             "owed": self.owed != held.total(),
         }
-        return [f"{what}: {self}" for what, wrong in statements.items() if wrong]
+        return [f"{what}: {self._summary()}" for what, wrong in statements.items() if wrong]
+
+    def _summary(self) -> str:
+        totals = {name: value.total() for name, value in self._asdict().items() if isinstance(value, Counter)}
+        nowhere = (
+            self.arrived.keys() - self.queued.keys() - self.in_hand.keys() - self.rows.keys() - self.letters.keys()
+        )
+        lost = sorted(number for number in nowhere if number % 10 != 1)[:10]
+        both = sorted((self.rows + self.letters) & self.queued)[:10]
+        twice = [number for number, count in (self.rows + self.letters).items() if count > 1][:10]
+        return f"{totals}, {self.booked}, held {self.held}, nowhere {lost}, queued and durable {both}, twice {twice}"
 
 
 class Auditor:
@@ -208,7 +219,7 @@ def test_the_account_says_where_every_message_is_at_every_moment(database, broke
                 what="everything to be settled",
             )
             wait_until(lambda: auditor.audits >= 100 or auditor.faults, timeout_s=60, what="a hundred audits")
-        last = auditor_of_the_end(auditor, database)
+        last = look_at_what_is_shown(auditor, bridge, database)
     finally:
         bridge.request_stop()
         running.join(30)
@@ -219,9 +230,7 @@ def test_the_account_says_where_every_message_is_at_every_moment(database, broke
     everything = set(range(published.count))
     assert set(last.rows) == {number for number in everything if number % 10 > 1}
     assert set(last.letters) == {number for number in everything if number % 10 == 0}
-    shown = counts(bridge)
-    assert shown["duplicate"] >= ROUNDS * 200
-    assert shown == last.booked | {"spooled": 0, "in_flight": 0}
+    assert last.booked["duplicate"] >= ROUNDS * 200
 
 
 def weather_a_storm(bridge: Bridge, to_database: TcpProxy, to_broker: TcpProxy) -> None:
@@ -247,11 +256,16 @@ def counts(bridge: Bridge) -> dict[str, int]:
     return messages
 
 
-def auditor_of_the_end(auditor: Auditor, database: str) -> Places:
-    """One more look, when nothing moves any more."""
+def look_at_what_is_shown(auditor: Auditor, bridge: Bridge, database: str) -> Places:
+    """One more look, in a moment in which no redelivery comes between it and what the status page shows."""
     auditor._connection = psycopg2.connect(database)
+
+    def as_shown() -> Places | None:
+        places = auditor.look()
+        return places if counts(bridge) == places.booked | {"spooled": 0, "in_flight": 0} else None
+
     with closing(auditor._connection):
-        return auditor.look()
+        return wait_until(as_shown, timeout_s=30, what="the status page to show what is there")
 
 
 def settings(database: str, to_database: TcpProxy, to_broker: TcpProxy) -> dict[str, str]:
