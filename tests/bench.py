@@ -64,14 +64,14 @@ class Bench:
         assert not any(thread.is_alive() for thread in self._threads), "a try hangs in the database"
 
     def _note_failures(self) -> None:
-        before_sleep = self.sink._before_sleep
+        after_attempt = self.sink._after_attempt
 
         def note(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             self.failures.append(error.failure)  # type: ignore[union-attr]
-            before_sleep(state)
+            after_attempt(state)
 
-        self.sink._before_sleep = note  # type: ignore[method-assign]
+        self.sink._after_attempt = note  # type: ignore[method-assign]
 
     @property
     def dsn(self) -> str:
@@ -130,12 +130,12 @@ class Bench:
     @property
     def reasons(self) -> str:
         """What `/readyz` would say, as one text."""
-        return "\n".join(self.bridge.unready_reasons())
+        return "\n".join(self.bridge.status()["reasons"])
 
     @property
     def state(self) -> str:
         """What `/api/status` would say."""
-        return self.bridge._state()
+        return str(self.bridge.status()["state"])
 
     def assert_stored_once(self, outcome: Outcome, numbers: Sequence[int]) -> None:
         """The batch of these numbers, and nothing else, is stored, once; no dead letter; all is well again."""

@@ -208,7 +208,7 @@ def test_the_account_says_where_every_message_is_at_every_moment(database, broke
     running = threading.Thread(target=bridge.run, name="bridge")
     running.start()
     try:
-        wait_until(lambda: not bridge.unready_reasons(), timeout_s=30, what="the bridge to be ready")
+        wait_until(lambda: not bridge.status()["reasons"], timeout_s=30, what="the bridge to be ready")
         with Auditor(bridge, database) as auditor, Load(broker) as published:
             for _ in range(ROUNDS):
                 weather_a_storm(bridge, to_database, to_broker)

@@ -122,7 +122,9 @@ def store_one(connection):
     batch = Batch(Entry(BatchKey(1, next(_numbers)), 1, 0, b""), [(message, translation)], [])
     execute(connection, "INSERT INTO mqtt_bridge.owners VALUES ('c', 1, 1) ON CONFLICT DO NOTHING")
     try:
-        Transactions(client_id="c", statement_timeout_s=10).run(connection, batch)
+        transactions = Transactions(client_id="c", statement_timeout_s=10)
+        transactions.owner_epoch = 1
+        transactions.run(connection, batch)
     except (psycopg2.Error, SchemaError) as error:
         execute(connection, "ROLLBACK")
         return error

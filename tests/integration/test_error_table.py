@@ -28,11 +28,11 @@ import trustme
 from psycopg2 import sql
 from psycopg2.extensions import make_dsn
 
-from mqtt_bridge import errors, transactions
+from mqtt_bridge import errors, isolation
 from mqtt_bridge import sink as sink_module
 from mqtt_bridge.errors import PAUSING, Failure, Verdict
+from mqtt_bridge.model import Translated
 from mqtt_bridge.tools.embedded import Postgres, free_port
-from mqtt_bridge.transactions import Translated
 from tests.bench import Bench, reading
 from tests.tiny_disk import TinyDisk
 from tests.waiting import wait_until
@@ -915,7 +915,7 @@ def test_a_value_that_the_driver_cannot_adapt_takes_the_batch_apart(postgres):
         with pytest.raises(psycopg2.ProgrammingError, match="can't adapt") as caught:
             cursor.execute("SELECT %s", (object(),))
 
-        assert errors.classify(caught.value, connected=not connection.closed).verdict in transactions._AT_FAULT
+        assert errors.classify(caught.value, connected=not connection.closed).verdict in isolation.AT_FAULT
 
 
 # -- nothing is left out

@@ -14,7 +14,7 @@ from mqtt_bridge import copying
 from mqtt_bridge.breaker import Breaker
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.model import READINGS_COLUMNS, Table, Translation
-from mqtt_bridge.transactions import Stored, Transactions
+from mqtt_bridge.transactions import Stored
 from tests.integration.test_sink import NOW_US, House, reading
 
 SIZE = 2_000
@@ -312,7 +312,7 @@ class CommitsInDoubt:
 
         class Cursor(extensions.cursor):
             def execute(self, query, vars=None):
-                if query != "COMMIT":
+                if not str(query).endswith("COMMIT"):
                     super().execute(query, vars)
                     return
                 plan.commits += 1
@@ -365,7 +365,7 @@ def test_a_poisoned_batch_is_not_stored_a_second_time(house):
     install(house, "check")
     batch = house.batch(batch_with({1, 2, 3}))
     house.sink.store(batch)
-    house.sink._transactions = Transactions(client_id="hall", statement_timeout_s=30)  # remembers nothing
+    house.sink._transactions._in_doubt.clear()  # as a process that remembers nothing
 
     house.sink.store(batch)
 

@@ -85,7 +85,7 @@ class _Inside:
         self._thread.start()
 
     def reasons(self) -> list[str]:
-        return self._bridge.unready_reasons()
+        return self._bridge.status()["reasons"]
 
     def kill(self) -> None:
         raise NotImplementedError("it would take the test with it")
