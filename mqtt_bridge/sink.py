@@ -273,7 +273,8 @@ class Sink:
         if not self._complaint.is_news(failure.sentence):
             return
         level = log.error if failure.verdict in PAUSING else log.warning
-        level(f"nothing can be stored: {failure}", consequence="messages wait, unacknowledged or on the disk", **_fields(failure))
+        consequence = "messages wait, unacknowledged or on the disk"
+        level(f"nothing can be stored: {failure}", consequence=consequence, **_fields(failure))
 
     def _answered(self) -> None:
         was_away, self.reachable = not self.reachable, True

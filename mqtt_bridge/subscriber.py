@@ -343,7 +343,7 @@ class Subscriber:
     # -- backpressure
 
     def _wait_for_room(self, connection: BrokerConnection) -> bool:
-        """Stop reading until there is room; False when the connection has to go: that took too long, or the bridge stops.
+        """Stop reading until there is room; False when that took too long, or the bridge stops: no sign of a rival.
 
         Half a keepalive is safe: the broker hears PINGREQ and PUBACKs all the while.
         """
