@@ -161,8 +161,9 @@ def test_a_stop_while_another_transaction_keeps_the_client_id_ends_well(make_bri
         cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock_shared({})").format(key))
         bridge.start()
         wait_until(
-            lambda: query(database, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
-            == [(1,)],
+            lambda: (
+                query(database, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == [(1,)]
+            ),
             what="the start to wait for the lock",
         )
 
