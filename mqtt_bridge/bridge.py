@@ -8,8 +8,7 @@ Stop: leave new messages to the broker, drain the queue into the database (while
 there is one), have every PUBACK proven, disconnect. What cannot be done within `BRIDGE_SHUTDOWN_S` is left undone: it
 was not acknowledged, and the broker keeps it.
 
-Threads: `run` belongs to the main thread. `mqtt-bridge-tender` does what needs the database beside the batches: probes,
-partitions, pruning. `request_stop` may be called by a signal handler.
+Threads: `run` belongs to the main thread. `request_stop` may be called by any.
 """
 
 from __future__ import annotations
@@ -17,13 +16,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
-import psycopg2
 import structlog
 
-from mqtt_bridge import dead_letters, schema
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.batches import Batches
 from mqtt_bridge.broker_limits import DropWatch
@@ -39,12 +35,13 @@ from mqtt_bridge.metrics import Exposition, Observation
 from mqtt_bridge.ownership import SpoolAtHand
 from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.rates import Rates
-from mqtt_bridge.retained import Remembered, Retained
+from mqtt_bridge.retained import Retained
 from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.sink import Sink, Stopped
 from mqtt_bridge.spool import FILE_NAME, NoSpool, Spool, SpoolError, SpoolInUse
 from mqtt_bridge.subscriber import Subscriber
+from mqtt_bridge.tender import Tender
 from mqtt_bridge.watchdog import Watchdog, signs_of_life, stacks
 from mqtt_bridge.web import Web
 
@@ -52,9 +49,6 @@ log = structlog.get_logger(__name__)
 
 EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_FENCED = 0, 1, 2, 3
 
-PROBE_EVERY_S = 5.0
-REPORT_EVERY_S = 60.0
-HOUSEKEEPING_EVERY_S = 3600.0
 SPOOL_AGAIN_S = 1.0
 """A spool that another process uses is asked for again after this time."""
 LEAVE_S = 5.0
@@ -128,7 +122,7 @@ class Bridge:
             linger_s=lambda: self._diversion.linger_s,
             wants_replay=self._retained.wants,
             on_fatal=self._fail,
-            on_session_lost=lambda: self._tender_wakes.set(),
+            on_session_lost=lambda: self._tender.wake(),
         )
         self._drainer = Drainer(
             self._spool,
@@ -144,23 +138,24 @@ class Bridge:
             inbox=self._pipeline,
             acks=self._acks,
             retained=self._retained,
-            on_cut=self._ask_who_owns_the_client_id,
+            on_cut=lambda: self._tender.ask_for_the_owner(),
             unwanted=unsubscribe or frozenset(),
             drops=DropWatch(self._router.filters, asks=unsubscribe is None),
         )
         self._rates = Rates()
-        self._tender_wakes = threading.Event()
-        self._cut_off = threading.Event()  # the broker has ended a connection: is the client id still ours?
-        self._tender = threading.Thread(target=self._tend, name="mqtt-bridge-tender", daemon=True)
-        self._tidy = threading.Event()  # set to have the tender do its last round ...
-        self._tidied = threading.Event()  # ... and set by it when that is done
+        self._tender = Tender(
+            settings,
+            sink=self._sink,
+            pipeline=self._pipeline,
+            subscriber=self._subscriber,
+            retained=self._retained,
+            rates=self._rates,
+            on_fenced=self._fail,
+        )
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
         self._began_receiving = False
-        self._noted_subscriptions: frozenset[str] = frozenset()
-        self._noted_retained = Remembered()
-        self._tended = 0  # what the tender has done so far: how many times, to be seen to get on
         self._watchdog = self._make_watchdog(last_resort or LastResort())
         self._health = Health(
             settings,
@@ -175,7 +170,7 @@ class Bridge:
                 "the network thread is dead": lambda: self._subscriber.alive,
                 "a worker thread is dead": lambda: self._pipeline.alive,
                 "the drainer thread is dead": lambda: self._drainer.alive,
-                "the tender thread is dead": self._tender.is_alive,
+                "the tender thread is dead": lambda: self._tender.alive,
                 "the watchdog thread is dead": lambda: self._watchdog.alive,
             },
             stuck=lambda: self._watchdog.reasons,
@@ -205,7 +200,7 @@ class Bridge:
                 if self._spool.messages
                 else None
             ),
-            tender=lambda: (self._tended, self._connections.steps(self._tender.ident or 0)),
+            tender=lambda: (self._tender.turns, self._connections.steps(self._tender.ident or 0)),
             statement_timeout_s=settings.db_statement_timeout_s,
             batch_wait_s=settings.bridge_batch_wait_ms / 1000,
         )
@@ -264,10 +259,9 @@ class Bridge:
         claim = self._sink.open(create=self._settings.db_auto_create, spool=self._spool_at_hand())
         self._ledger.load(claim, self._spool.entries())
         self._pipeline.found_in_spool(self._spool.messages)
-        self._subscriber.subscriptions = self._noted_subscriptions = claim.subscriptions
+        self._subscriber.subscriptions = claim.subscriptions
         self._retained.load(claim.retained)
-        self._noted_retained = claim.retained
-        self._tend_to(self._note_retained)
+        self._tender.begin(claim)
         log.info(
             "the database is ready",
             client_id=self._settings.mqtt_client_id,
@@ -351,7 +345,7 @@ class Bridge:
             self._leave_the_spool()
         self._account_for_the_rest()
         self._stopped.set()
-        self._tender_wakes.set()
+        self._tender.stop()
         self._connections.close()
         self._web.stop()
         log.info("stopped", **self._pipeline.balance().outcomes)
@@ -364,16 +358,14 @@ class Bridge:
         if not self._subscriber.leave(left_s() * 0.8):
             log.warning("the broker has not confirmed the last acknowledgements; the ledger will recognise them")
         self._diversion.wait_until_empty(left_s() * 0.8)
-        self._tidy.set()
-        self._tender_wakes.set()
-        self._tidied.wait(min(2.0, left_s()))
+        self._tender.tidy_up(min(2.0, left_s()))
 
     def _leave_the_spool(self) -> None:
         """Nobody uses it any more. Without messages in it, a successor can do without its disk."""
         if self._spool.messages:
             log.info("messages stay in the spool for the next start", messages=self._spool.messages)
         elif self._spool.id and self._began_receiving and self._sink.reachable:
-            self._tend_to(self._sink.release_spool)
+            self._tender.attempt(self._sink.release_spool)
         self._spool.close()
 
     def _account_for_the_rest(self) -> None:
@@ -382,98 +374,3 @@ class Bridge:
             log.warning("not everything could be stored; it stays unacknowledged, the broker keeps it", messages=left)
         if lost:
             log.warning("messages of QoS 0 could not be stored and are lost", messages=lost)
-
-    # -- the tender
-
-    def _tend(self) -> None:
-        every = (
-            (0.0, self._raise_session),
-            (1.0, self._sample),
-            (1.0, self._note_subscriptions),
-            (1.0, self._note_retained),
-            (PROBE_EVERY_S, self._sink.probe),
-            (REPORT_EVERY_S, self._report),
-            (REPORT_EVERY_S, self._prune),
-            (REPORT_EVERY_S, self._purge),
-            (HOUSEKEEPING_EVERY_S, self._keep_house),
-        )
-        due_s = {action: time.monotonic() + min(pause_s, REPORT_EVERY_S) for pause_s, action in every}
-        while not self._stopped.is_set():
-            self._tender_wakes.wait(1.0)
-            self._tender_wakes.clear()
-            self._tended += 1
-            for pause_s, action in every:
-                if time.monotonic() >= due_s[action]:
-                    due_s[action] = time.monotonic() + pause_s
-                    self._tend_to(action)
-            if self._cut_off.is_set():
-                self._cut_off.clear()
-                self._tend_to(self._sink.probe)
-            if self._tidy.is_set() and not self._tidied.is_set():
-                self._tend_to(self._note_subscriptions)
-                self._tend_to(self._note_retained)
-                self._tend_to(self._prune)
-                self._tidied.set()
-
-    def _ask_who_owns_the_client_id(self) -> None:
-        self._cut_off.set()
-        self._tender_wakes.set()
-
-    def _tend_to(self, action: Callable[[], object]) -> None:
-        self._tended += 1
-        try:
-            action()
-        except Fenced as error:
-            self._fail(error)
-        except (psycopg2.Error, BridgeError) as error:
-            log.debug("housekeeping failed, to be tried again", error=str(error))
-        except Exception:  # the tender must survive; the next round tries again
-            log.exception("housekeeping failed for an unforeseen reason")
-
-    def _sample(self) -> None:
-        balance = self._pipeline.balance()
-        self._rates.sample(time.monotonic(), received=balance.received, stored=balance.outcomes["stored"])
-
-    def _raise_session(self) -> None:
-        epoch = self._pipeline.session_to_raise
-        if epoch is not None and self._sink.raise_session(epoch):
-            self._pipeline.session_raised(epoch)
-
-    def _note_subscriptions(self) -> None:
-        filters = self._subscriber.subscriptions
-        if filters != self._noted_subscriptions and self._pipeline.session_to_raise is None:
-            self._sink.note_subscriptions(filters)
-            self._noted_subscriptions = filters
-
-    def _note_retained(self) -> None:
-        retained = self._retained.remembering()
-        # In this order: what was received when the replays were found to be over is durable, or held.
-        if retained != self._noted_retained and not self._pipeline.holds_replays:
-            self._sink.note_retained(retained)
-            self._retained.remembered = self._noted_retained = retained
-
-    def _report(self) -> None:
-        balance = self._pipeline.balance()
-        log.info("account", received=balance.received, in_flight=balance.in_flight, **balance.outcomes)
-
-    def _prune(self) -> None:
-        """Empty the ledger of what is proven, where no batch has come to do so."""
-        while keys := self._pipeline.take_prunable():
-            try:
-                self._sink.prune(keys)
-            except BaseException:
-                self._pipeline.give_back(keys)  # forgotten here they would stay in the database for ever
-                raise
-
-    def _purge(self) -> None:
-        """Delete some of the dead letters that are too old; the rest of them in a minute."""
-        if not self._began_receiving:
-            return
-        days = self._settings.bridge_dead_letter_days
-        purged = self._sink.run(lambda connection: dead_letters.purge_older_than(connection, days))
-        if purged:
-            log.info("old dead letters were deleted", count=purged, older_than_days=days)
-
-    def _keep_house(self) -> None:
-        if self._began_receiving and self._settings.db_auto_create:
-            self._sink.run(lambda connection: schema.make_partitions(connection, datetime.now(UTC)))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing, contextmanager
-from types import FrameType
 from typing import IO, Any
 
 import click
@@ -28,6 +28,7 @@ from mqtt_bridge.last_resort import OwnProcess
 from mqtt_bridge.settings import Settings, load, unknown_names, with_client_id
 from mqtt_bridge.tools.dead_letter_commands import dead_letters
 
+ENDING = (signal.SIGTERM, signal.SIGINT)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -115,23 +116,34 @@ def _settings() -> Settings:
 
 @contextmanager
 def _stopping(request_stop: Callable[[], None]) -> Any:
-    """SIGTERM and SIGINT ask for an orderly end; the second one does not ask."""
-    signals_seen = 0
+    """SIGTERM and SIGINT ask for an orderly end; the second one does not ask.
 
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        nonlocal signals_seen
-        signals_seen += 1
-        if signals_seen > 1:
-            os._exit(EXIT_FAILED)
-        # Not here: the handler runs in the main thread, which may hold the very lock that an event is set under.
-        threading.Thread(target=request_stop, name="mqtt-bridge-stop", daemon=True).start()
+    A thread hears of them by the descriptor that is written to at once. Handlers of Python run in the main thread, when
+    it next comes back from C: a database that it waits for may take a minute.
+    """
+    heard, wakes = socket.socketpair()
+    wakes.setblocking(False)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    def listen() -> None:
+        asked = False
+        with heard:
+            while number := heard.recv(1):
+                if number[0] in ENDING and asked:
+                    os._exit(EXIT_FAILED)
+                if number[0] in ENDING:
+                    asked = True
+                    threading.Thread(target=request_stop, name="mqtt-bridge-stop", daemon=True).start()
+
+    threading.Thread(target=listen, name="mqtt-bridge-signals", daemon=True).start()
+    wakes_before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in ENDING}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakes_before)
+        wakes.close()
 
 
 @group.command(

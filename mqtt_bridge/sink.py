@@ -193,8 +193,9 @@ class Sink:
         )
 
     def release_spool(self) -> None:
-        """Note that no acknowledged message is on the disk any more; one try."""
-        self.run(lambda connection: ownership.release_spool(connection, self._client_id, owner_epoch=self.owner_epoch))
+        """Note that no acknowledged message is on the disk any more; one try, a short one: the bridge is leaving."""
+        with self._connections.connection(limit_s=PROBE_LIMIT_S) as connection:
+            ownership.release_spool(connection, self._client_id, owner_epoch=self.owner_epoch)
 
     def note_retained(self, retained: Remembered) -> None:
         """Remember whose retained messages were stored; one try."""
@@ -272,7 +273,8 @@ class Sink:
         if not self._complaint.is_news(failure.sentence):
             return
         level = log.error if failure.verdict in PAUSING else log.warning
-        level(f"nothing can be stored: {failure}", consequence="messages are held, unacknowledged", **_fields(failure))
+        consequence = "messages wait, unacknowledged or on the disk"
+        level(f"nothing can be stored: {failure}", consequence=consequence, **_fields(failure))
 
     def _answered(self) -> None:
         was_away, self.reachable = not self.reachable, True

@@ -294,7 +294,7 @@ class Subscriber:
             if self._leaving.is_set() and self._leave(connection):
                 return True
             if self._inbox.full and not self._wait_for_room(connection):
-                return False
+                return True
             if self._acks.outstanding >= REACH:
                 # Its answer to the barrier is queued behind a backlog larger than it was allowed to send.
                 log.info("reconnecting, to have the broker account for its backlog", unproven=self._acks.unproven)
@@ -343,7 +343,7 @@ class Subscriber:
     # -- backpressure
 
     def _wait_for_room(self, connection: BrokerConnection) -> bool:
-        """Stop reading until there is room; False when that takes too long and the connection has to go.
+        """Stop reading until there is room; False when that took too long, or the bridge stops: no sign of a rival.
 
         Half a keepalive is safe: the broker hears PINGREQ and PUBACKs all the while.
         """

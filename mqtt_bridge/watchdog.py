@@ -189,6 +189,9 @@ class Watchdog:
             self._fail(reason)
 
     def _see_it_leave(self, passed_s: float) -> None:
+        if not self._watching():
+            # The start is given up, and nobody needs its answer any more: it may wait for a lock of somebody else.
+            self._connections.cut_silent(at_most_s=EVERY_S)
         self._leaving_s += passed_s
         if self._leaving_s > self._leave_within_s:
             self._leaving_s = -math.inf  # once

@@ -1,6 +1,7 @@
 """What `mqtt-bridge check` says of the disk buffer: can it be used, what is in it, and is it the one that is missed?
 
-Nothing is written: a directory or file that is not there yet is made by the bridge.
+Nothing is made: a directory or file that is not there yet is left to the bridge. A file that is there is opened as the
+bridge would open it.
 """
 
 from __future__ import annotations

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import closing
 
+import psycopg2
 import pytest
+from psycopg2 import sql
 
+from mqtt_bridge.ownership import lock_key
 from mqtt_bridge.tools.embedded import free_port
 from tests.acceptance.traffic import Publisher, compare, query, wait_until_stored
 from tests.proxy import TcpProxy
@@ -146,6 +150,24 @@ def test_a_stop_while_the_database_takes_connections_and_is_silent_ends_soon(mak
         wait_until(lambda: link.accepted, what="it to try")
 
         assert bridge.stop(timeout_s=20) == 0
+
+
+def test_a_stop_while_another_transaction_keeps_the_client_id_ends_well(make_bridge, database, broker):
+    bridge = make_bridge(database, broker, BRIDGE_SHUTDOWN_S=1).start().wait_until_ready()
+    assert bridge.stop() == 0
+
+    with closing(psycopg2.connect(database)) as other, other.cursor() as cursor:
+        key = lock_key(str(bridge.settings["MQTT_CLIENT_ID"]))
+        cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock_shared({})").format(key))
+        bridge.start()
+        wait_until(
+            lambda: (
+                query(database, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == [(1,)]
+            ),
+            what="the start to wait for the lock",
+        )
+
+        assert bridge.stop() == 0
 
 
 def test_a_stop_while_it_still_waits_for_the_broker_ends_at_once(make_bridge, database):

@@ -314,7 +314,7 @@ def test_retained_messages_of_qos_0_that_wait_for_the_database_do_not_count_as_s
         house.run(MQTT_PROTOCOL=protocol)
         wait_until(lambda: house.messages["in_flight"] == len(KEPT), what="the retained messages")
         wait_until(lambda: house.retained.remembering().stored, what="their end")
-        house.bridge._note_retained()
+        house.bridge._tender.note_retained()
         assert house.remembered == Remembered()
 
     house.wait_until_known()

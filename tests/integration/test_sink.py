@@ -447,6 +447,30 @@ def test_a_worker_that_a_silent_database_holds_can_be_cut_loose_and_stores_its_b
         house.close()
 
 
+def test_releasing_the_spool_is_given_up_as_soon_as_a_probe_while_the_statement_timeout_is_long(
+    house_of, database, monkeypatch
+):
+    monkeypatch.setattr(sink_module, "PROBE_LIMIT_S", 0.2)
+    port = int(psycopg2.extensions.parse_dsn(database)["port"])
+    with TcpProxy("127.0.0.1", port) as proxy:
+        house = house_of(database.replace(f":{port}/", f":{proxy.port}/"), observed_by=database)
+        proxy.stall()
+        errors = []
+
+        def release():
+            try:
+                house.sink.release_spool()
+            except psycopg2.Error as error:
+                errors.append(error)
+
+        threading.Thread(target=release, daemon=True).start()
+        wait_until(house.connections.cut_silent, what="the watchdog to find the silent connection")
+
+        wait_until(lambda: errors, what="the release to be given up")
+        proxy.resume()
+        house.close()
+
+
 def test_connections_that_died_while_they_lay_idle_are_replaced_without_a_word(house):
     house.sink.store(house.batch(readings([1])))
     house.kill_connections()

@@ -30,7 +30,7 @@ from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.sink import Stopped
-from mqtt_bridge.subscriber import Subscriber
+from mqtt_bridge.subscriber import CONTESTED_CUTS, Subscriber
 from mqtt_bridge.tools.embedded import Broker, free_port
 from mqtt_bridge.transactions import Batch, Stored
 from tests.proxy import TcpProxy
@@ -727,6 +727,26 @@ def test_a_full_queue_stops_reading_then_disconnects_and_later_everything_comes(
 
     assert 100 <= held < 500
     assert sorted(rig.store.payloads, key=int) == payloads
+
+
+def test_connections_that_a_full_queue_has_ended_are_no_sign_of_another_client(broker, start_rig, site):
+    rig = start_rig(
+        broker.port,
+        mqtt_topics=(f"{site}/{{device}}",),
+        mqtt_keepalive_s=5,
+        bridge_queue_size=100,
+        mqtt_receive_maximum=1000,
+    )
+
+    for _ in range(CONTESTED_CUTS):
+        rig.wait_until_subscribed()
+        rig.store.shut()
+        publish(broker, site, [b"%d" % number for number in range(150)])
+        wait_until(lambda: not rig.subscriber.state.connected, timeout_s=20, what="it to disconnect")
+        rig.store.open()
+        wait_until(lambda: "queue is full" not in (rig.subscriber.state.problem or ""), what="it to go on")
+
+    assert rig.subscriber.state.problem is None
 
 
 def test_a_full_queue_that_gets_room_in_time_costs_no_connection(scripted, start_rig):

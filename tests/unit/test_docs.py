@@ -341,6 +341,31 @@ def test_every_sentence_that_is_quoted_is_one_of_the_program() -> None:
     assert [part for part in quoted if part.strip() not in said] == []
 
 
+def reasons() -> Iterator[str]:
+    """Why the bridge is not ready, or not healthy, as far as the code that decides it has whole sentences."""
+    for name in ("health", "watchdog", "bridge"):
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+            if isinstance(node, ast.Call) and _called(node) in ("append", "Sign") and node.args:
+                yield from _texts(node.args[0])
+            if isinstance(node, ast.Dict):
+                yield from (text for key in node.keys if key for text in _texts(key) if text.endswith("dead"))
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def _texts(node: ast.AST) -> list[str]:
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+
+
+@pytest.mark.parametrize("reason", sorted(set(reasons())))
+def test_every_reason_of_not_ready_and_not_healthy_is_explained(reason: str) -> None:
+    explained = (ROOT / "docs/troubleshooting.md").read_text()
+
+    assert f"`{reason.partition(':')[0]}" in explained
+
+
 # --- The version -----------------------------------------------------------------------------------------------------
 
 

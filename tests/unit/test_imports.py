@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 TABLE = [
     ["__main__", "cli", "pytest_plugin", "testing", "tools"],
-    ["bridge", "health", "watchdog", "web", "logs"],
+    ["bridge", "tender", "health", "watchdog", "web", "logs"],
     [
         "pipeline",
         "subscriber",
