@@ -28,18 +28,6 @@ TABLE = [
         "diversion",
     ],
     ["sink", "transactions", "isolation", "connections", "copying", "spool", "routes", "schema"],
-    ["bridge", "health", "watchdog", "web", "logs"],
-    [
-        "pipeline",
-        "subscriber",
-        "broker_connection",
-        "broker_limits",
-        "publish_packet",
-        "drainer",
-        "batches",
-        "diversion",
-    ],
-    ["sink", "transactions", "isolation", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "retained", "dead_letters", "settings", "dsn"],
     [
         "topics",
