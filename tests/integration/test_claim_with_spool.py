@@ -119,6 +119,21 @@ def test_a_session_that_only_the_disk_knows_of_is_known_from_then_on(connection)
     assert claim(connection, ME, SpoolAtHand("disk", session_epoch=2)).session_epoch == 3
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_no_process_makes_the_keys_of_batches_on_the_disk_again_though_the_database_has_forgotten_theirs(
+    connection, is_known
+):
+    """As after a restore from a backup, or with a new database: both may be given out again."""
+    if is_known:
+        claim(connection, ME, SpoolAtHand("disk"))
+    newest = 1 << 40
+
+    taken = claim(connection, ME, SpoolAtHand("disk", owner_epoch=newest))
+
+    assert taken.owner_epoch > newest
+    assert owner(connection)[0] == taken.owner_epoch
+
+
 def test_rows_of_batches_on_the_disk_stay_and_match_nothing_by_themselves(connection, make_sink):
     first = make_sink()
     entries = [entry(1, 1), entry(1, 2), entry(1, 3, marks=b""), entry(1, 4, marks=b"")]
