@@ -374,10 +374,14 @@ class Bridge:
         self._tidied.wait(min(2.0, left_s()))
 
     def _leave_the_spool(self) -> None:
-        """Nobody uses it any more. Without messages in it, a successor can do without its disk."""
+        """Nobody uses it any more. Without messages in it, a successor can do without its disk.
+
+        After a failure it can not: that may have left a batch there of which nobody knows.
+        """
+        in_good_order = self._began_receiving and self._failure is None
         if self._spool.messages:
             log.info("messages stay in the spool for the next start", messages=self._spool.messages)
-        elif self._spool.id and self._began_receiving and self._sink.reachable:
+        elif self._spool.id and in_good_order and self._sink.reachable:
             self._tend_to(self._sink.release_spool)
         self._spool.close()
 
