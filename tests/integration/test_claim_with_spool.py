@@ -250,3 +250,14 @@ def test_several_whose_own_commit_was_in_doubt_are_known_to_be_committed(connect
     assert sink.store(together(*entries)) == Stored({"readings": 2})
 
     assert query(connection, "SELECT count(*) FROM readings") == [(2,)]
+
+
+def test_nothing_that_is_known_to_be_committed_stays_in_doubt(connection, make_sink):
+    """However it was tried: the doubts would pile up in every outage."""
+    sink = make_sink()
+    entries = [entry(1, 1), entry(1, 2)]
+    sink._transactions._in_doubt[entries[0].key,] = Stored({"readings": 1})  # before it went to the disk
+
+    sink.store(together(*entries))
+
+    assert sink._transactions._in_doubt == {}

@@ -295,7 +295,7 @@ def test_no_process_from_before_can_commit_once_the_client_id_is_in_use_again(co
     with connection.cursor() as cursor:
         cursor.execute(begin(30.0))
         with pytest.raises(psycopg2.errors.NotNullViolation):
-            cursor.execute(ownership.statements(client_id, stale))
+            cursor.execute(ownership.statements(client_id, stale, owner_epoch=before.owner_epoch))
 
 
 def test_a_database_without_tables_knows_nobody(database):
