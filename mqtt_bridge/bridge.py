@@ -30,7 +30,7 @@ from mqtt_bridge.drainer import Drainer
 from mqtt_bridge.errors import BridgeError, Fenced, Problem, SettingsError, SpoolElsewhere
 from mqtt_bridge.health import Health
 from mqtt_bridge.last_resort import LastResort
-from mqtt_bridge.ledger import Ledger
+from mqtt_bridge.ledger import BatchKeys, Ledger
 from mqtt_bridge.metrics import Exposition, Observation
 from mqtt_bridge.ownership import SpoolAtHand
 from mqtt_bridge.pipeline import Limits, Pipeline
@@ -291,13 +291,18 @@ class Bridge:
                 raise Stopped("the bridge stopped before its spool was free")
 
     def _spool_at_hand(self) -> SpoolAtHand:
-        entries = list(self._spool.entries())
+        keys, owner_epoch, session_epoch = BatchKeys(), 0, 1
+        for entry in self._spool.entries():
+            keys.add(entry.key)
+            owner_epoch = max(owner_epoch, entry.key.owner_epoch)
+            session_epoch = max(session_epoch, entry.session_epoch)
         wanted = self._settings.bridge_spool != "off" or self._spool.messages > 0
         return SpoolAtHand(
             id=self._spool.id if wanted else None,
             accepts=frozenset(name for name in (self._spool.id, self._abandoned_spool) if name),
-            keys=frozenset(entry.key for entry in entries),
-            session_epoch=max((entry.session_epoch for entry in entries), default=1),
+            keys=keys,
+            owner_epoch=owner_epoch,
+            session_epoch=session_epoch,
         )
 
     def request_stop(self) -> None:
@@ -361,10 +366,14 @@ class Bridge:
         self._tender.tidy_up(min(2.0, left_s()))
 
     def _leave_the_spool(self) -> None:
-        """Nobody uses it any more. Without messages in it, a successor can do without its disk."""
+        """Nobody uses it any more. Without messages in it, a successor can do without its disk.
+
+        After a failure it can not: that may have left a batch there of which nobody knows.
+        """
+        in_good_order = self._began_receiving and self._failure is None
         if self._spool.messages:
             log.info("messages stay in the spool for the next start", messages=self._spool.messages)
-        elif self._spool.id and self._began_receiving and self._sink.reachable:
+        elif self._spool.id and in_good_order and self._sink.reachable:
             self._tender.attempt(self._sink.release_spool)
         self._spool.close()
 

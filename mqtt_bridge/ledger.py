@@ -28,6 +28,7 @@ Threads: `Ledger` has no lock of its own. The pipeline calls it under its lock, 
 from __future__ import annotations
 
 import enum
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -72,6 +73,24 @@ class BatchKey(NamedTuple):
 
     owner_epoch: int
     batch: int
+
+
+class BatchKeys:
+    """A set of keys that takes a few bits for each: of a process that spooled for days there may be millions."""
+
+    def __init__(self) -> None:
+        self._blocks: defaultdict[tuple[int, int], int] = defaultdict(int)
+
+    def add(self, key: BatchKey) -> None:
+        """Put `key` in."""
+        block, bit = divmod(key.batch, 1024)
+        self._blocks[key.owner_epoch, block] |= 1 << bit
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, BatchKey):
+            return False
+        block, bit = divmod(key.batch, 1024)
+        return self._blocks.get((key.owner_epoch, block), 0) >> bit & 1 == 1
 
 
 class Entry(NamedTuple):
@@ -131,7 +150,10 @@ class Ledger:
         self._first_here = True  # nothing has been delivered on the current connection yet
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
         self._prunable: list[BatchKey] = []  # rows to delete with the next batch
-        self._spooled: set[BatchKey] = set()  # batches on the disk, whose rows must stay until those are stored
+        self._forming: set[BatchKey] = set()  # batches of which the pipeline has not said yet what became of them
+        self._spooled: set[BatchKey] = (
+            set()
+        )  # those of _unproven that are on the disk, and need their rows until they are off
         self._noted = 0  # highest position that a row was made for, or that counting began from
 
     # -- start and connections
@@ -143,8 +165,8 @@ class Ledger:
         for entry in claim.entries:
             self._remember(entry)
         for entry in spooled:
-            self._spooled.add(entry.key)
             if entry.fingerprints and entry.session_epoch == claim.session_epoch:
+                self._spooled.add(entry.key)
                 self._remember(entry)
         if self._highest:
             self._last_position = self._noted = self._highest
@@ -183,6 +205,7 @@ class Ledger:
         self._session_raised = True
         self._prunable.extend(key for key in self._unproven if key not in self._spooled)
         self._unproven.clear()
+        self._spooled.clear()
         self._committed.clear()
 
     def _start_counting_anew(self) -> None:
@@ -263,6 +286,7 @@ class Ledger:
         """The ledger row of a new batch of these messages, with a key of its own."""
         self._batches += 1
         key = BatchKey(self._owner_epoch, self._batches)
+        self._forming.add(key)
         first, fingerprints = self._fingerprints(messages)
         return Entry(key, self._session_epoch, first, fingerprints, self.take_prunable(), self._session_raised)
 
@@ -277,21 +301,30 @@ class Ledger:
 
     def settled(self, entry: Entry, messages: Sequence[Message]) -> None:
         """The transaction of this batch was committed."""
+        self._forming.discard(entry.key)
         if entry.raises_session:
             self.session_raised(entry.session_epoch)
         self._settle(entry, messages)
 
     def spooled(self, entry: Entry, messages: Sequence[Message]) -> None:
         """This batch is on the disk: as good as committed, but it has no row yet, and needs it until `drained`."""
-        self._spooled.add(entry.key)
+        if entry.key in self._forming:  # else it has been drained meanwhile
+            self._forming.discard(entry.key)
+            self._spooled.add(entry.key)
         self._settle(entry, messages)
 
     def drained(self, entry: Entry) -> None:
-        """This batch was committed, and is out of the spool for good: no further try can need its row."""
+        """This batch was committed, and is out of the spool for good: no further try can need its row.
+
+        It may come before `spooled`: whoever puts a batch on the disk and tells of it can be overtaken.
+        """
         if entry.raises_session:
             self.session_raised(entry.session_epoch)
-        self._spooled.discard(entry.key)
-        if entry.key not in self._unproven:
+        if entry.key in self._forming:
+            self._forming.discard(entry.key)
+        elif entry.key in self._unproven:
+            self._spooled.discard(entry.key)
+        else:
             self._prunable.append(entry.key)
 
     def _settle(self, entry: Entry, messages: Sequence[Message]) -> None:
@@ -352,8 +385,11 @@ class Ledger:
         self._prunable[:0] = keys
 
     def _release_row(self, key: BatchKey) -> None:
+        """Nothing of this batch can come again. The row of one that is on the disk is released by `drained`."""
         del self._unproven[key]
-        if key not in self._spooled:
+        if key in self._spooled:
+            self._spooled.discard(key)
+        else:
             self._prunable.append(key)
 
     def _forget_out_of_reach(self) -> None:

@@ -9,7 +9,7 @@ Threads: none of its own. Every function is given a connection, or makes SQL for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -35,8 +35,11 @@ class SpoolAtHand:
     """None where it has none, or an empty one that it does not want to use."""
     accepts: frozenset[str] = frozenset()
     """Further ids that may stand in `owners.spool_id`: of an empty spool, or of one that is given up on purpose."""
-    keys: frozenset[BatchKey] = frozenset()
+    keys: Container[BatchKey] = frozenset()
     """Batches that wait on it."""
+    owner_epoch: int = 0
+    """The newest process that they are from: no later one may ever make the same keys, though the database may have
+    forgotten it, as after a restore from a backup."""
     session_epoch: int = 1
     """The newest session that they know of: the database may not have heard of it yet."""
 
@@ -56,8 +59,9 @@ def claim(connection: Connection, client_id: str, spool: SpoolAtHand = NO_SPOOL)
         cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
         cursor.execute("SELECT spool_id FROM mqtt_bridge.owners WHERE client_id = %s", (client_id,))
         _check_disk((cursor.fetchone() or (None,))[0], spool)
-        values = {"client_id": client_id, "spool_id": spool.id, "session_epoch": spool.session_epoch}
-        cursor.execute(_TAKE_OVER, values)
+        values = {"client_id": client_id, "spool_id": spool.id}
+        epochs = {"spooled_epoch": spool.owner_epoch, "session_epoch": spool.session_epoch}
+        cursor.execute(_TAKE_OVER, values | epochs)
         owner_epoch, session_epoch, subscriptions, retained = cursor.fetchone() or (0, 0, None, None)
         cursor.execute(_READ, {"client_id": client_id})
         entries = [
@@ -83,9 +87,10 @@ def _check_disk(spool_id: str | None, spool: SpoolAtHand) -> None:
 # process from then, which may still be alive somewhere, must ever come again.
 _TAKE_OVER = """
 INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch, spool_id)
-VALUES (%(client_id)s, pg_current_xact_id()::text::bigint, %(session_epoch)s, %(spool_id)s)
-ON CONFLICT (client_id) DO UPDATE SET owner_epoch = o.owner_epoch + 1, last_seen = now(), spool_id = %(spool_id)s,
-  session_epoch = greatest(o.session_epoch, %(session_epoch)s),
+VALUES (%(client_id)s, greatest(pg_current_xact_id()::text::bigint, %(spooled_epoch)s + 1), %(session_epoch)s,
+  %(spool_id)s)
+ON CONFLICT (client_id) DO UPDATE SET owner_epoch = greatest(o.owner_epoch, %(spooled_epoch)s) + 1, last_seen = now(),
+  spool_id = %(spool_id)s, session_epoch = greatest(o.session_epoch, %(session_epoch)s),
   subscriptions = CASE WHEN o.session_epoch >= %(session_epoch)s THEN o.subscriptions END
 RETURNING owner_epoch, session_epoch, subscriptions, retained_seen
 """

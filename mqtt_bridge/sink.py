@@ -193,9 +193,11 @@ class Sink:
         )
 
     def release_spool(self) -> None:
-        """Note that no acknowledged message is on the disk any more; one try, a short one: the bridge is leaving."""
-        with self._connections.connection(limit_s=PROBE_LIMIT_S) as connection:
-            ownership.release_spool(connection, self._client_id, owner_epoch=self.owner_epoch)
+        """Note that no acknowledged message is on the disk any more; one short try, for the bridge is leaving."""
+        self.run(
+            lambda connection: ownership.release_spool(connection, self._client_id, owner_epoch=self.owner_epoch),
+            limit_s=PROBE_LIMIT_S,
+        )
 
     def note_retained(self, retained: Remembered) -> None:
         """Remember whose retained messages were stored; one try."""
@@ -209,9 +211,9 @@ class Sink:
         """Delete ledger rows that nobody needs any more; one try, the caller keeps the keys where it fails."""
         self.run(lambda connection: ownership.prune(connection, self._client_id, keys))
 
-    def run(self, action: Callable[[BridgeConnection], T]) -> T:
-        """One try of `action` on a connection of the pool."""
-        with self._connections.connection(limit_s=self._limit_s) as connection:
+    def run(self, action: Callable[[BridgeConnection], T], *, limit_s: float | None = None) -> T:
+        """One try of `action` on a connection of the pool; cut off after `limit_s`, if that is shorter than usual."""
+        with self._connections.connection(limit_s=limit_s or self._limit_s) as connection:
             return action(connection)
 
     # -- retrying

@@ -322,6 +322,8 @@ class Spool:
                     return _decode(row)
                 except _Damaged as error:
                     self._set_aside(database, row, str(error))
+            if sequence == _BEFORE_ALL:
+                self.messages = 0  # whatever damage has made of it: nobody shall wait for what is not there
         return None
 
     def remove(self, *sequences: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from mqtt_bridge import subscriber, watchdog
@@ -21,6 +21,7 @@ from mqtt_bridge.ledger import Entry
 from mqtt_bridge.model import Message, Publish, Tally, Translation
 from mqtt_bridge.pipeline import Pipeline
 from mqtt_bridge.routes import Router
+from mqtt_bridge.spool import Spool, SpoolError
 from mqtt_bridge.transactions import Stored
 from tests.waiting import wait_until
 
@@ -150,6 +151,18 @@ def the_queue_is_forgotten() -> None:
     Pipeline.receive = receive  # type: ignore[method-assign]
 
 
+def a_batch_may_be_on_the_disk() -> None:
+    """The disk fails while it makes a batch durable: nobody can tell whether it is there."""
+    append = Spool.append
+
+    def fail(self: Spool, entry: Entry, messages: Sequence[Message]) -> bool:
+        if any(message.payload == ILL_AT for message in messages):
+            raise SpoolError("the disk has failed")
+        return append(self, entry, messages)
+
+    Spool.append = fail  # type: ignore[method-assign]
+
+
 ILLNESSES = [
     none_at_all,
     the_decoder_loops,
@@ -161,6 +174,7 @@ ILLNESSES = [
     an_acknowledgement_is_lost,
     a_worker_hangs_with_the_lock,
     the_queue_is_forgotten,
+    a_batch_may_be_on_the_disk,
 ]
 
 if __name__ == "__main__":

@@ -128,6 +128,30 @@ def test_a_thread_that_dies_ends_the_program_at_once(ill, illness, sign, broker,
     assert wait_until_stored(database, published, program).exact
 
 
+def test_a_disk_that_may_hold_a_batch_is_asked_for_again(ill, broker, database, site, tmp_path):
+    """Without it the batch, which was not acknowledged, would be stored twice: now, and when the disk comes back."""
+    spool = {"BRIDGE_SPOOL": "always", "BRIDGE_SPOOL_DIR": tmp_path / "spool"}
+    program = ill(ill_bridge.a_batch_may_be_on_the_disk, **spool, BRIDGE_WORKERS=1, BRIDGE_BATCH_WAIT_MS=1000)
+
+    with Publisher(broker, site) as publisher:
+        publisher.publish(20)
+        wait_until_stored(database, publisher.published, program)
+        wait_until(lambda: program.status()["spool"]["messages"] == 0, what="an empty spool")
+        publisher.publish(10)  # one batch
+        publisher.settle()
+
+    assert program.wait() == 1
+    assert "the disk has failed" in program.log
+    program.command = command_line("run")
+    disk = program.settings.pop("BRIDGE_SPOOL_DIR")
+    program.settings["BRIDGE_SPOOL"] = "off"
+    assert program.start().wait() == 2
+    assert "--abandon-spool" in program.log
+    program.settings["BRIDGE_SPOOL_DIR"] = disk
+    heal(program)
+    assert wait_until_stored(database, publisher.published, program).exact
+
+
 def test_a_decoder_that_holds_the_interpreter_ends_the_program_with_its_stack(ill, broker, database, site):
     program = ill(ill_bridge.the_interpreter_is_held)
 

@@ -222,6 +222,27 @@ def test_a_spool_that_is_given_up_is_not_asked_for_again(make_spooling, own_post
     assert bridge.start().wait_until_ready().messages()["received"] == 0
 
 
+def test_a_database_that_is_restored_from_a_backup_takes_what_is_on_the_disk_and_what_comes_after(
+    make_spooling, own_postgres, broker, site
+):
+    postgres = own_postgres()
+    bridge = make_spooling(postgres.dsn(), "outage", BRIDGE_BATCH_SIZE=10).start().wait_until_ready()
+    with Publisher(broker, site) as publisher:
+        postgres.stop()
+        publisher.publish(100)
+        wait_until_spooled(bridge, 100)
+        bridge.kill()
+        publisher.publish(100)
+        publisher.settle()
+    postgres.start()
+    # Made before this process had taken the client id over: the next one would get the same epoch.
+    query(postgres.dsn(), "UPDATE mqtt_bridge.owners SET owner_epoch = owner_epoch - 1, spool_id = NULL RETURNING 1")
+
+    bridge.start().wait_until_ready()
+
+    assert wait_until_stored(postgres.dsn(), publisher.published, bridge).exact
+
+
 def test_a_full_spool_stops_acknowledging_says_so_and_recovers(make_spooling, own_postgres, own_broker, site):
     postgres, broker = own_postgres(), own_broker()
     bridge = make_spooling(

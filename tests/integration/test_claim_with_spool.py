@@ -119,6 +119,21 @@ def test_a_session_that_only_the_disk_knows_of_is_known_from_then_on(connection)
     assert claim(connection, ME, SpoolAtHand("disk", session_epoch=2)).session_epoch == 3
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_no_process_makes_the_keys_of_batches_on_the_disk_again_though_the_database_has_forgotten_theirs(
+    connection, is_known
+):
+    """As after a restore from a backup, or with a new database: both may be given out again."""
+    if is_known:
+        claim(connection, ME, SpoolAtHand("disk"))
+    newest = 1 << 40
+
+    taken = claim(connection, ME, SpoolAtHand("disk", owner_epoch=newest))
+
+    assert taken.owner_epoch > newest
+    assert owner(connection)[0] == taken.owner_epoch
+
+
 def test_rows_of_batches_on_the_disk_stay_and_match_nothing_by_themselves(connection, make_sink):
     first = make_sink()
     entries = [entry(1, 1), entry(1, 2), entry(1, 3, marks=b""), entry(1, 4, marks=b"")]
@@ -235,3 +250,14 @@ def test_several_whose_own_commit_was_in_doubt_are_known_to_be_committed(connect
     assert sink.store(together(*entries)) == Stored({"readings": 2})
 
     assert query(connection, "SELECT count(*) FROM readings") == [(2,)]
+
+
+def test_nothing_that_is_known_to_be_committed_stays_in_doubt(connection, make_sink):
+    """However it was tried: the doubts would pile up in every outage."""
+    sink = make_sink()
+    entries = [entry(1, 1), entry(1, 2)]
+    sink._transactions._in_doubt[entries[0].key,] = Stored({"readings": 1})  # before it went to the disk
+
+    sink.store(together(*entries))
+
+    assert sink._transactions._in_doubt == {}

@@ -8,6 +8,7 @@ from contextlib import closing
 import psycopg2
 import pytest
 
+from mqtt_bridge import sink as sink_module
 from mqtt_bridge.connections import Connections
 from mqtt_bridge.errors import Verdict
 from mqtt_bridge.ledger import BatchKey, Entry
@@ -93,3 +94,23 @@ def test_a_database_that_is_merely_slow_does_not_fail(make_sink, database):
         other.rollback()
     storing.join(30)
     assert sink.trouble is None
+
+
+def test_releasing_the_disk_holds_nobody_up_who_wants_to_leave(make_sink, database, monkeypatch):
+    """Even where a statement may take very long."""
+    monkeypatch.setattr(sink_module, "PROBE_LIMIT_S", 0.1)
+    sink = make_sink(database, statement_timeout_s=3600)
+    came = []
+    with closing(psycopg2.connect(database)) as other, other.cursor() as cursor:
+        cursor.execute("SELECT FROM mqtt_bridge.owners FOR UPDATE")
+
+        def release():
+            with pytest.raises(psycopg2.Error):
+                sink.release_spool()
+            came.append("the end")
+
+        threading.Thread(target=release, daemon=True).start()
+
+        # As the watchdog does every second.
+        wait_until(lambda: sink._connections.cut_silent() or came, what="its time to be over")
+        wait_until(lambda: came, what="the end of the try")

@@ -138,6 +138,7 @@ def test_in_a_shutdown_a_failure_is_an_outage_at_once(outage):
     outage.database.failing_s = 0.001
 
     assert outage.store() is None
+    assert outage.database.tries == 0
 
 
 def test_nothing_overtakes_what_is_on_the_disk(outage):

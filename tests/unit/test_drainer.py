@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from structlog.testing import capture_logs
 
@@ -178,6 +180,22 @@ def test_a_disk_that_does_not_let_a_batch_go_is_asked_again_and_the_batch_not_st
 
     assert house.store.keys == [1]
     assert [log["event"] for log in logs] == ["the disk is read-only"]
+
+
+def test_who_waits_for_an_empty_disk_is_told(house):
+    house.put(1, b"a")
+    told = threading.Event()
+
+    def wait():
+        if house.diversion.wait_until_empty(3600):
+            told.set()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    wait_until(lambda: house.diversion._changed._waiters, what="somebody to wait")
+    house.drainer.start()
+
+    assert told.wait(30)
 
 
 def test_a_stop_leaves_the_batch_on_the_disk(house):

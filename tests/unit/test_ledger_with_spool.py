@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from mqtt_bridge.acks import AckTracker
-from mqtt_bridge.ledger import REACH, BatchKey, Claim, Entry, Ledger, Seen
+from mqtt_bridge.ledger import REACH, BatchKey, BatchKeys, Claim, Entry, Ledger, Seen
 from mqtt_bridge.model import Message
 from tests.unit.test_ledger import SAME, Database, LedgerMachine
 
@@ -63,6 +63,31 @@ def test_a_drained_row_is_not_pruned_before_its_acknowledgements_are_proven():
     assert (before, ledger.take_prunable()) == ((), (entry.key,))
 
 
+def test_a_batch_may_be_drained_before_its_worker_has_told_that_it_is_on_the_disk():
+    ledger = fresh()
+    messages = [message(ledger.place(packet_id, SAME, dup=False)[0]) for packet_id in (1, 2)]
+    entry = ledger.entry(messages)
+
+    ledger.drained(entry)
+    ledger.spooled(entry, messages)
+    before = ledger.take_prunable()
+    ledger.prove([1, 2])
+
+    assert (before, ledger.take_prunable()) == ((), (entry.key,))
+
+
+def test_of_a_long_outage_only_what_can_come_again_is_kept_in_memory():
+    ledger = fresh()
+    entries = [spooled(ledger, packet_id) for packet_id in range(1, 101)]
+
+    ledger.prove(range(1, 101))
+
+    assert sum(len(kept) for kept in vars(ledger).values() if isinstance(kept, (dict, set, list))) == 0
+    for entry in entries:
+        ledger.drained(entry)
+    assert len(ledger.take_prunable()) == 100
+
+
 def test_a_lost_session_prunes_no_row_of_a_batch_on_the_disk():
     ledger = fresh()
     entry = spooled(ledger, 1)
@@ -111,6 +136,18 @@ def test_of_a_long_spool_only_what_can_come_again_is_kept_in_memory():
     assert set(ledger.take_prunable()) == {entry.key for entry in entries[:10]}
 
 
+def test_a_set_of_very_many_keys_tells_each_from_its_neighbours():
+    keys = BatchKeys()
+    inside = {BatchKey(epoch, number) for epoch in (3, 4) for number in (1, 2, 1023, 1024, 1025, 5_000_000)}
+
+    for key in inside:
+        keys.add(key)
+
+    around = {BatchKey(epoch + a, number + b) for epoch, number in inside for a in (-1, 0, 1) for b in (-1, 0, 1)}
+    assert {key for key in around if key in keys} == inside
+    assert (3, 1) not in keys
+
+
 def test_entries_of_an_earlier_session_on_the_disk_match_nothing():
     entry = Entry(BatchKey(1, 1), 1, 1, SAME)
 
@@ -118,6 +155,9 @@ def test_entries_of_an_earlier_session_on_the_disk_match_nothing():
     ledger.load(Claim(2, 2, ()), [entry])
 
     assert ledger.place(1, SAME, dup=True)[1] is Seen.NEW
+
+
+ON_DISK = "on the disk"
 
 
 class ForgivingDatabase(Database):
@@ -155,14 +195,23 @@ class SpoolingLedgerMachine(LedgerMachine):
     def is_kept(self, serial):
         return super().is_kept(serial) or any(serial == s for _, batch in self.disk for s, _ in batch)
 
-    @precondition(lambda self: self.in_hand)
-    @rule(data=st.data())
-    def divert(self, data):
-        """To the disk, whether it was committed or not; and acknowledged."""
-        work = data.draw(st.sampled_from(self.in_hand))
+    @precondition(lambda self: any(fate != ON_DISK for *_, fate in self.in_hand))
+    @rule(data=st.data(), told=st.booleans())
+    def divert(self, data, told):
+        """To the disk, whether it was committed or not. It may be drained before its worker has told of it."""
+        work = data.draw(st.sampled_from([work for work in self.in_hand if work[2] != ON_DISK]))
+        entry, batch, _ = work
+        work[2] = ON_DISK
+        self.disk.append((entry, batch))
+        if told:
+            self.settle_one(work)
+
+    def settle_one(self, work):
+        if work[2] != ON_DISK:
+            super().settle_one(work)
+            return
         entry, batch, _ = work
         self.in_hand.remove(work)
-        self.disk.append((entry, batch))
         self.ledger.spooled(entry, [m for _, m in batch])
         self.acks.finish([m.position for _, m in batch])
 

@@ -56,6 +56,7 @@ class Store:
         self.batches = []
         self.error = None
         self.refuse = frozenset()
+        self.spools = False
 
     def store(self, batch):
         with self.lock:
@@ -70,6 +71,8 @@ class Store:
         )
         with self.lock:
             self.batches.append(batch)
+        if self.spools:
+            return None
         return Stored({"readings": len(batch.translated) - len(refused)}, refused)
 
     @property
@@ -1011,3 +1014,53 @@ def test_a_low_share_of_dead_letters_is_not_warned_of(hall_of):
         hall.settle()
 
     assert warned_of(logs) == []
+
+
+# -- over the disk
+
+
+@pytest.fixture
+def spooling(hall_of):
+    """A hall with two batches on the disk, of two messages each."""
+    hall = hall_of(batch_size=2, batch_wait_s=NEVER)
+    hall.store.spools = True
+    hall.receive(b"a", b"broken", b"ignored", b"b")
+    hall.settle()
+    return hall
+
+
+def drain(hall):
+    """Both batches at once, as the drainer does."""
+    spooled = [message for batch in hall.store.batches for message in batch.messages]
+    entries = [batch.entry for batch in hall.store.batches]
+    work = Batches(Translator()).whole(spooled)
+    hall.pipeline.drained(entries, work, Stored({"readings": len(work.translated)}))
+    return {entry.key for entry in entries}
+
+
+def test_what_is_on_the_disk_is_acknowledged_and_its_outcome_known_when_it_is_drained(spooling):
+    assert spooling.acknowledged == [1, 2, 3, 4]
+    before = Counter(spooling.balance().outcomes)
+
+    drain(spooling)
+
+    assert +before == {"spooled": 4}
+    assert +Counter(spooling.balance().outcomes) == {"stored": 2, "dead_lettered": 1, "ignored": 1}
+
+
+def test_rows_of_batches_from_the_disk_go_when_all_is_proven_and_drained(spooling):
+    spooling.pipeline.prove([1, 2, 3, 4])
+    before = spooling.pipeline.take_prunable()
+
+    drained = drain(spooling)
+
+    assert before == ()
+    assert set(spooling.pipeline.take_prunable()) == drained
+
+
+def test_what_was_found_on_the_disk_counts_as_received(hall_of):
+    hall = hall_of()
+
+    hall.pipeline.found_in_spool(7)
+
+    assert (hall.balance().received, +Counter(hall.balance().outcomes)) == (7, {"spooled": 7})

@@ -509,6 +509,17 @@ def test_a_batch_that_is_damaged_while_the_spool_is_open_is_set_aside_too(open_s
     assert (spool.messages, spool.damaged) == (0, 1)
 
 
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_a_count_that_is_damaged_while_the_spool_is_open_leaves_no_messages_behind_in_the_figures(open_spool, count):
+    """Whoever waits for an empty spool would wait for ever."""
+    fill(spool := open_spool(), [1])
+    spool._connection.execute("UPDATE batches SET count = ?", (count,))
+
+    assert drain(spool) == []
+
+    assert spool.messages == 0
+
+
 @pytest.mark.parametrize("sequence", [0, -5])
 def test_a_batch_whose_place_is_damaged_is_found_all_the_same(open_spool, tmp_path, sequence):
     fill(spool := open_spool(), [1, 2])
