@@ -6,8 +6,9 @@ has patience. What an error means is decided in `errors`; what is done about it 
 
 Invariant: a batch is tried under one key until its fate is known, so a COMMIT whose answer was lost is never repeated.
 
-Threads: `store` is called by the workers; `open`, `probe`, `raise_session` and `run` by the bridge. What several
-threads write are single references, replaced whole, and a dict in which each thread has an entry of its own.
+Threads: `store` is called by the workers and the drainer, `open` by the main thread, all else by the tender (and,
+when it is about to end, the main thread). What several threads write are single references, replaced whole, and a
+dict in which each thread has an entry of its own.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ claimed there is nothing to write; only the probe, the rates and the report begi
 
 Invariant: nothing is noted in the database but what `begin` has read there, and what this process has seen since.
 
-Threads: `mqtt-bridge-tender` does the rounds. `begin` and `attempt` also run in the main thread; the two take no turns,
-for the duties that write begin only when `begin` has ended.
+Threads: `mqtt-bridge-tender` does the rounds. `begin` runs in the main thread, and no duty that writes is done before
+it has ended; `attempt` may be called by any.
 """
 
 from __future__ import annotations

@@ -622,3 +622,24 @@ def test_a_drainer_without_anything_to_do_or_that_gets_on_is_well(house):
         house.live(WORKER_STUCK_S - 2)
 
     assert house.watchdog.reasons == ()
+
+
+def test_a_start_that_is_given_up_waits_for_no_lock_of_somebody_else(house):
+    house.receiving = False
+    house.connections.waits_s = [0.0]
+    house.live(10)
+    assert house.connections.cut == []
+
+    house.leaving = True
+    house.live(2)
+
+    assert len(house.connections.cut) == 1
+
+
+def test_a_batch_that_is_stored_while_the_bridge_leaves_keeps_its_time(house):
+    house.connections.waits_s = [0.0]
+
+    house.leaving = True
+    house.live(2)
+
+    assert house.connections.cut == []
