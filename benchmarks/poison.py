@@ -1,17 +1,20 @@
 """What bad rows cost: `python -m benchmarks.poison`, against an embedded PostgreSQL that is made for it.
 
-Two tables. The first: one batch of 2,000 messages through `Transactions.run` (prologue, rows, dead letters, COMMIT),
+Three tables. The first: one batch of 2,000 messages through `Transactions.run` (prologue, rows, dead letters, COMMIT),
 with a few bad rows, against the same batch without any, by several ways to find them. The second: a stream of such
-batches through `Sink.store`, with one and two workers, against a stream without bad rows.
+batches, made before, through `Sink.store`, with one and two workers, against a stream without bad rows. The third: the
+same from `Pipeline.receive` to the acknowledgement, which is what a user has of it: decoding takes its time as well.
 
 All ways take turns in one run, so that a machine which is busy with something else slows them alike; the ratios are
-what counts. A row is bad by a CHECK, which names the line of COPY, or by a foreign key, which names none.
+what counts. A row is bad by a CHECK (the server names its line), by a foreign key (it names the key), or by a trigger
+that fires after the last row (it names nothing).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
 import platform
 import statistics
@@ -22,14 +25,18 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psycopg2
+import structlog
 from psycopg2.extensions import cursor as Cursor
 
 from mqtt_bridge import copying
+from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import ROW_BUILDING, Failure, classify
 from mqtt_bridge.isolation import AT_FAULT
-from mqtt_bridge.ledger import BatchKey, Claim, Entry
-from mqtt_bridge.model import READINGS_COLUMNS, Message, Row, Table, Translated, Translation
+from mqtt_bridge.ledger import LAP, BatchKey, Claim, Entry, Ledger
+from mqtt_bridge.model import READINGS_COLUMNS, Message, Publish, Row, Table, Translated, Translation
+from mqtt_bridge.pipeline import Limits, Pipeline
+from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.sink import Sink
 from mqtt_bridge.tools.embedded import Postgres
 from mqtt_bridge.transactions import Batch, Transactions
@@ -41,8 +48,16 @@ READINGS = Table("readings", READINGS_COLUMNS)
 FAULTS = {
     "CHECK": "ALTER TABLE readings ADD CONSTRAINT fault CHECK (device <> 'bad')",
     "foreign key": "ALTER TABLE readings ADD CONSTRAINT fault FOREIGN KEY (device) REFERENCES devices",
+    "trigger": "CREATE TRIGGER fault AFTER INSERT ON readings FOR EACH ROW EXECUTE FUNCTION refuse()",
 }
 """What makes rows of the device `bad` bad."""
+MENDED = "ALTER TABLE readings DROP CONSTRAINT IF EXISTS fault; DROP TRIGGER IF EXISTS fault ON readings"
+TABLES = (
+    "CREATE TABLE devices (device text PRIMARY KEY)",
+    "INSERT INTO devices SELECT 'device-' || n FROM generate_series(0, 199) n",
+    "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+    " IF NEW.device = 'bad' THEN RAISE EXCEPTION 'a bad device'; END IF; RETURN NULL; END $$",
+)
 
 
 # -- the ways
@@ -179,9 +194,10 @@ class House:
     def __init__(self, dsn: str) -> None:
         self.connections = Connections(lambda: dsn, size=4)
         self.sink = Sink(self.connections, client_id="benchmark")
-        self.batches = Batches(self.sink.open(create=True))
-        self.sql("CREATE TABLE devices (device text PRIMARY KEY)")
-        self.sql("INSERT INTO devices SELECT 'device-' || n FROM generate_series(0, 199) n")
+        self.claim = self.sink.open(create=True)
+        self.batches = Batches(self.claim)
+        for statement in TABLES:
+            self.sql(statement)
 
     def sql(self, statement: str) -> None:
         """Run one statement."""
@@ -201,7 +217,7 @@ class House:
             yield
         finally:
             self.empty()
-            self.sql("ALTER TABLE readings DROP CONSTRAINT fault")
+            self.sql(MENDED)
 
     def time_s(self, way: Transactions, bad: frozenset[int]) -> float:
         """Seconds that one batch takes."""
@@ -252,21 +268,22 @@ def _line(label: str, figures: dict[str, tuple[float, float]]) -> str:
 # -- a stream
 
 
-def stream(house: House, rounds: int, batches: int) -> None:
-    """The second table."""
-    print(f"\nA stream of batches of {SIZE:,} through Sink.store: messages a second, and part of the clean stream\n")
-    print("| bad rows | by | workers | " + " | ".join(["clean", *WAYS]) + " |")
-    print("| --- | --- | --- | --- |" + " --- |" * len(WAYS))
-    for share, fault, workers in itertools.product((0.002, 0.01, 0.05), FAULTS, (1, 2)):
-        with house.fault(fault):
-            rates = _rates(house, spread(int(SIZE * share)), workers, rounds, batches)
-        clean, *others = rates
-        cells = [f"{clean:,.0f}", *(f"{rate:,.0f} ({rate / clean:.2f})" for rate in others)]
-        print(f"| {share:.1%} | {fault} | {workers} | {' | '.join(cells)} |", flush=True)
+def streams(house: House, rounds: int, batches: int) -> None:
+    """The second table, and the third."""
+    for title, rate in (("`Sink.store`", _rate_of_sink), ("the pipeline", _rate_of_pipeline)):
+        print(f"\n1 % bad rows through {title}: messages a second, and part of a stream without\n")
+        print("| bad rows by | workers | " + " | ".join(["none bad", *WAYS]) + " |")
+        print("| --- | --- | --- |" + " --- |" * len(WAYS))
+        for fault, workers in itertools.product(FAULTS, (1, 2)):
+            with house.fault(fault):
+                clean, *others = _rates(house, lambda bad: rate(house, bad, workers, batches), rounds)  # noqa: B023
+            cells = [f"{clean:,.0f}", *(f"{found:,.0f} ({found / clean:.2f})" for found in others)]
+            print(f"| {fault} | {workers} | {' | '.join(cells)} |", flush=True)
 
 
-def _rates(house: House, bad: frozenset[int], workers: int, rounds: int, batches: int) -> list[float]:
-    """Messages a second: of a clean stream, and of one with bad rows for each way."""
+def _rates(house: House, rate: Callable[[frozenset[int]], float], rounds: int) -> list[float]:
+    """Of a stream without bad rows, and of one with them for each way."""
+    bad = spread(SIZE // 100)
     legs: list[tuple[type[Transactions], frozenset[int]]] = [
         (Isolation, frozenset()),
         *((w, bad) for w in WAYS.values()),
@@ -276,12 +293,12 @@ def _rates(house: House, bad: frozenset[int], workers: int, rounds: int, batches
         for (way, places), found in zip(legs, rates, strict=True):
             house.empty()
             house.sink._transactions = way(client_id="benchmark", statement_timeout_s=30)
-            found.append(_rate(house.sink, [house.batches.make(places) for _ in range(batches)], workers))
+            found.append(rate(places))
     return [statistics.median(found) for found in rates]
 
 
-def _rate(sink: Sink, batches: list[Batch], workers: int) -> float:
-    waiting = iter(batches)
+def _rate_of_sink(house: House, bad: frozenset[int], workers: int, batches: int) -> float:
+    waiting = iter([house.batches.make(bad) for _ in range(batches)])
     lock = threading.Lock()
 
     def take() -> Batch | None:
@@ -289,8 +306,35 @@ def _rate(sink: Sink, batches: list[Batch], workers: int) -> float:
             return next(waiting, None)
 
     began_s = time.perf_counter()
-    _in_threads(workers, lambda: [sink.store(batch) for batch in iter(take, None)])
-    return len(batches) * SIZE / (time.perf_counter() - began_s)
+    _in_threads(workers, lambda: [house.sink.store(batch) for batch in iter(take, None)])
+    return batches * SIZE / (time.perf_counter() - began_s)
+
+
+def _rate_of_pipeline(house: House, bad: frozenset[int], workers: int, batches: int) -> float:
+    ledger = Ledger()
+    ledger.load(house.sink.open(create=False))  # fences the batches made for the table before
+    pipeline = Pipeline(
+        Router(default_routes("devices/{device}/telemetry")),
+        house.sink,
+        ledger=ledger,
+        acks=AckTracker(),
+        limits=Limits(workers=workers),
+        on_fatal=lambda error: print(f"it failed: {error}"),
+    )
+    pipeline.connected(session_present=False, send_ack=lambda _: None)
+    messages = [_reading(number, bad=number in bad)[0] for number in range(SIZE)] * batches
+    pipeline.start()
+    began_s = time.perf_counter()
+    for number, message in enumerate(messages):
+        while pipeline.full:
+            time.sleep(0.001)
+        pipeline.receive(Publish(message.topic, message.payload, 1, packet_id=number % LAP + 1))
+    pipeline.drain(600)
+    took_s = time.perf_counter() - began_s
+    pipeline.stop()
+    outcomes = pipeline.balance().outcomes
+    assert (outcomes["stored"], outcomes["dead_lettered"]) == (len(messages) - len(bad) * batches, len(bad) * batches)
+    return len(messages) / took_s
 
 
 def _in_threads(count: int, work: Callable[[], object]) -> None:
@@ -328,17 +372,18 @@ def main() -> None:
     """Parse the options, start the server, print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.poison", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="medians of so many (%(default)s)")
-    parser.add_argument("--batches", type=int, default=30, help="batches of a stream (%(default)s)")
+    parser.add_argument("--batches", type=int, default=20, help="batches of a stream (%(default)s)")
     parser.add_argument("--slow", action="store_true", help="a savepoint for every message as well")
     options = parser.parse_args()
     if options.slow:
         WAYS["savepoint each"] = SavepointEach
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     with Postgres() as server:
         dsn = server.create_database("poison")
         print(f"Measured on {machine(dsn)}.")
         house = House(dsn)
         compare(house, options.rounds)
-        stream(house, max(3, options.rounds // 2), options.batches)
+        streams(house, max(3, options.rounds // 2), options.batches)
         house.connections.close()
 
 
