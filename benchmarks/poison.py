@@ -30,6 +30,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from mqtt_bridge import copying
 from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.batches import Batches
 from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import ROW_BUILDING, Failure, classify
 from mqtt_bridge.isolation import AT_FAULT
@@ -136,7 +137,7 @@ WAYS: dict[str, type[Transactions]] = {"isolation": Isolation, "halving": Halvin
 # -- batches
 
 
-class Batches:
+class BatchMaker:
     """Makes batches, each with a key of its own. Threads share one."""
 
     def __init__(self, claim: Claim) -> None:
@@ -195,7 +196,7 @@ class House:
         self.connections = Connections(lambda: dsn, size=4)
         self.sink = Sink(self.connections, client_id="benchmark")
         self.claim = self.sink.open(create=True)
-        self.batches = Batches(self.claim)
+        self.batches = BatchMaker(self.claim)
         for statement in TABLES:
             self.sql(statement)
 
@@ -234,6 +235,8 @@ class House:
 def compare(house: House, rounds: int) -> None:
     """The first table."""
     ways = {name: way(client_id="benchmark", statement_timeout_s=30) for name, way in WAYS.items()}
+    for way in ways.values():
+        way.owner_epoch = house.claim.owner_epoch
     for fault in FAULTS:
         print(f"\nOne batch of {SIZE:,}, bad rows by {fault}: milliseconds, and times the clean batch\n")
         print("| bad rows | " + " | ".join(ways) + " | halving / isolation |")
@@ -314,7 +317,7 @@ def _rate_of_pipeline(house: House, bad: frozenset[int], workers: int, batches: 
     ledger = Ledger()
     ledger.load(house.sink.open(create=False))  # fences the batches made for the table before
     pipeline = Pipeline(
-        Router(default_routes("devices/{device}/telemetry")),
+        Batches(Router(default_routes("devices/{device}/telemetry"))),
         house.sink,
         ledger=ledger,
         acks=AckTracker(),
