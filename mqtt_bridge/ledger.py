@@ -151,9 +151,7 @@ class Ledger:
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
         self._prunable: list[BatchKey] = []  # rows to delete with the next batch
         self._forming: set[BatchKey] = set()  # batches of which the pipeline has not said yet what became of them
-        self._spooled: set[BatchKey] = (
-            set()
-        )  # those of _unproven that are on the disk, and need their rows until they are off
+        self._spooled: set[BatchKey] = set()  # of _unproven: those on the disk, whose rows stay until they are off it
         self._noted = 0  # highest position that a row was made for, or that counting began from
 
     # -- start and connections
