@@ -134,7 +134,8 @@ class Diversion:
     @property
     def linger_s(self) -> float:
         """How long a batch may wait for more messages, beyond what is usual."""
-        return LINGER_S if self._mode == "outage" and self.diverts and not self._hurried else 0.0
+        is_away = self._store.failing_s > 0 if self._mode == "always" else self._mode == "outage" and self.diverts
+        return LINGER_S if is_away and not self._hurried else 0.0
 
     def hurry(self) -> None:
         """The bridge shuts down: if the database fails now, batches go to the disk at once."""

@@ -260,7 +260,15 @@ def test_batches_may_grow_only_while_an_outage_makes_nobody_wait_for_them(outage
     assert outage.diversion.linger_s == LINGER_S
     outage.diversion.hurry()
     assert outage.diversion.linger_s == 0.0
-    assert House("always").diversion.linger_s == 0.0
+
+
+def test_with_always_batches_may_grow_while_the_database_is_away():
+    always = House("always")
+    assert always.diversion.linger_s == 0.0
+
+    always.database.failing_s = 1.0
+
+    assert always.diversion.linger_s == LINGER_S
 
 
 def test_waiting_for_an_empty_disk_gives_up_at_once_while_the_database_fails(outage):
