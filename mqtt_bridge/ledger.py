@@ -150,7 +150,6 @@ class Ledger:
         self._first_here = True  # nothing has been delivered on the current connection yet
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
         self._prunable: list[BatchKey] = []  # rows to delete with the next batch
-        self._forming: set[BatchKey] = set()  # batches of which the pipeline has not said yet what became of them
         self._spooled: set[BatchKey] = set()  # of _unproven: those on the disk, whose rows stay until they are off it
         self._noted = 0  # highest position that a row was made for, or that counting began from
 
@@ -284,7 +283,6 @@ class Ledger:
         """The ledger row of a new batch of these messages, with a key of its own."""
         self._batches += 1
         key = BatchKey(self._owner_epoch, self._batches)
-        self._forming.add(key)
         first, fingerprints = self._fingerprints(messages)
         return Entry(key, self._session_epoch, first, fingerprints, self.take_prunable(), self._session_raised)
 
@@ -299,28 +297,20 @@ class Ledger:
 
     def settled(self, entry: Entry, messages: Sequence[Message]) -> None:
         """The transaction of this batch was committed."""
-        self._forming.discard(entry.key)
         if entry.raises_session:
             self.session_raised(entry.session_epoch)
         self._settle(entry, messages)
 
     def spooled(self, entry: Entry, messages: Sequence[Message]) -> None:
         """This batch is on the disk: as good as committed, but it has no row yet, and needs it until `drained`."""
-        if entry.key in self._forming:  # else it has been drained meanwhile
-            self._forming.discard(entry.key)
-            self._spooled.add(entry.key)
+        self._spooled.add(entry.key)
         self._settle(entry, messages)
 
     def drained(self, entry: Entry) -> None:
-        """This batch was committed, and is out of the spool for good: no further try can need its row.
-
-        It may come before `spooled`: whoever puts a batch on the disk and tells of it can be overtaken.
-        """
+        """This batch was committed, and is out of the spool for good: no further try can need its row."""
         if entry.raises_session:
             self.session_raised(entry.session_epoch)
-        if entry.key in self._forming:
-            self._forming.discard(entry.key)
-        elif entry.key in self._unproven:
+        if entry.key in self._unproven:
             self._spooled.discard(entry.key)
         else:
             self._prunable.append(entry.key)

@@ -106,6 +106,7 @@ class Pipeline:
         self._arrived = threading.Condition(self._lock)
         self._settled = threading.Condition(self._lock)
         self._queue: deque[Message] = deque()
+        self._untold: set[BatchKey] = set()  # batches in hand: nothing but their worker knows what became of them
         self._in_hand: dict[int, list[Message]] = {}  # by worker thread; settled messages leave at the front
         self._taken: Counter[int] = Counter()  # batches by worker thread
         self._held = 0  # messages in the queue and in hand, and what they cost
@@ -308,6 +309,8 @@ class Pipeline:
             with self._lock:
                 needless = work.is_needless and not self._ledger.lags
                 entry = None if needless else self._ledger.entry(work.messages)
+                if entry is not None:
+                    self._untold.add(entry.key)
             stored = self._store.store(work.batch(entry)) if entry else Stored()
             self._settle(work, entry, stored)
 
@@ -330,13 +333,23 @@ class Pipeline:
                 self._account.book("spooled", len(messages))
             else:
                 self._book(work, stored)
+            if entry is not None:
+                self._untold.discard(entry.key)
             del self._in_hand[threading.get_ident()][: len(messages)]
             self._hold(messages, -1)
             self._settled.notify_all()
 
     def drained(self, entries: Sequence[Entry], work: Work, stored: Stored) -> None:
-        """Batches that were on the disk are in the database now, and off the disk for good."""
+        """Batches that were on the disk are in the database now, and off the disk for good.
+
+        The drainer may be faster than the worker that put a batch there: then it waits until that has told of it, or
+        the row would be pruned before its PUBACKs. `Stopped` when the pipeline stops first.
+        """
+        keys = [entry.key for entry in entries]
         with self._lock:
+            self._settled.wait_for(lambda: self._stopped or self._untold.isdisjoint(keys))
+            if not self._untold.isdisjoint(keys):
+                raise Stopped("the bridge stopped before a worker had told of its batch")
             for entry in entries:
                 self._ledger.drained(entry)
             self._account.book("spooled", -len(work.messages))

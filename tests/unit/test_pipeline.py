@@ -1058,6 +1058,53 @@ def test_rows_of_batches_from_the_disk_go_when_all_is_proven_and_drained(spoolin
     assert set(spooling.pipeline.take_prunable()) == drained
 
 
+class OvertakingStore(Store):
+    """Has put the batch on the disk, and does not come back to tell of it before the gate opens."""
+
+    def store(self, batch):
+        with self.lock:
+            self.batches.append(batch)
+        self.gate.wait()
+        return
+
+
+def test_a_batch_that_is_drained_before_its_worker_has_told_of_it_waits_for_that(hall_of):
+    hall = hall_of(batch_size=2, batch_wait_s=NEVER, start=False)
+    store = hall.pipeline._store = hall.store = OvertakingStore()
+    store.gate.clear()
+    hall.pipeline.start()
+    hall.receive(b"a", b"b")
+    wait_until(lambda: store.batches, what="the batch on the disk")
+    draining = threading.Thread(target=drain, args=(hall,))
+    draining.start()
+    draining.join(0.1)
+    assert hall.balance().outcomes | {"spooled": 0, "stored": 0} == hall.balance().outcomes
+    assert hall.pipeline.take_prunable() == ()
+
+    store.gate.set()
+    draining.join(30)
+
+    assert hall.acknowledged == [1, 2]
+    assert +Counter(hall.balance().outcomes) == {"stored": 2}
+    assert hall.pipeline.take_prunable() == ()  # not before its acknowledgements are proven
+    hall.pipeline.prove([1, 2])
+    assert hall.pipeline.take_prunable() == (store.batches[0].entry.key,)
+
+
+def test_a_stop_frees_a_drainer_that_waits_for_a_worker(hall_of):
+    hall = hall_of(batch_size=2, batch_wait_s=NEVER, start=False)
+    store = hall.pipeline._store = hall.store = OvertakingStore()
+    store.gate.clear()
+    hall.pipeline.start()
+    hall.receive(b"a", b"b")
+    wait_until(lambda: store.batches, what="the batch on the disk")
+
+    hall.pipeline.stop(0)
+
+    with pytest.raises(Stopped):
+        drain(hall)
+
+
 def test_what_was_found_on_the_disk_counts_as_received(hall_of):
     hall = hall_of()
 
