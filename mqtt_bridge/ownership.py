@@ -83,14 +83,14 @@ def _check_disk(spool_id: str | None, spool: SpoolAtHand) -> None:
         raise SpoolElsewhere(spool_id)
 
 
-# A client id that is new begins with the number of the transaction: it may have been retired before, and no epoch of a
-# process from then, which may still be alive somewhere, must ever come again.
+# Epochs are milliseconds of the server's clock, and rise by one at least. None comes twice: not after a retirement, not
+# when the database is restored from a backup, not in another cluster that a process meets under the same address.
 _TAKE_OVER = """
 INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch, spool_id)
-VALUES (%(client_id)s, greatest(pg_current_xact_id()::text::bigint, %(spooled_epoch)s + 1), %(session_epoch)s,
-  %(spool_id)s)
-ON CONFLICT (client_id) DO UPDATE SET owner_epoch = greatest(o.owner_epoch, %(spooled_epoch)s) + 1, last_seen = now(),
-  spool_id = %(spool_id)s, session_epoch = greatest(o.session_epoch, %(session_epoch)s),
+VALUES (%(client_id)s, greatest((extract(epoch FROM clock_timestamp()) * 1000)::bigint, %(spooled_epoch)s + 1),
+  %(session_epoch)s, %(spool_id)s)
+ON CONFLICT (client_id) DO UPDATE SET owner_epoch = greatest(o.owner_epoch + 1, excluded.owner_epoch),
+  last_seen = now(), spool_id = %(spool_id)s, session_epoch = greatest(o.session_epoch, %(session_epoch)s),
   subscriptions = CASE WHEN o.session_epoch >= %(session_epoch)s THEN o.subscriptions END
 RETURNING owner_epoch, session_epoch, subscriptions, retained_seen
 """

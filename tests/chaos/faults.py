@@ -8,6 +8,7 @@ counted apart.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class Faults:
         self._stage = stage
         self._wait = wait
         self._outage_ends_s: float | None = None
+        self._kept_port: socket.socket | None = None
         self.done: Counter[Kind] = Counter()
         self.missed: Counter[Kind] = Counter()
         self.skipped: Counter[Kind] = Counter()
@@ -173,6 +175,10 @@ class Faults:
 
     def _begin_the_outage(self, seconds: float) -> bool:
         self._stage.postgres.stop("immediate")
+        # Bound and not listened on: connections are refused, and no other run's database can take the address.
+        self._kept_port = socket.socket()
+        self._kept_port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the past may linger
+        self._kept_port.bind(("127.0.0.1", self._stage.postgres.port))
         self._outage_ends_s = time.monotonic() + seconds
         return True
 
@@ -180,6 +186,8 @@ class Faults:
         """Whether it has just been ended. Call it often."""
         if self._outage_ends_s is None or time.monotonic() < self._outage_ends_s:
             return False
+        assert self._kept_port is not None
+        self._kept_port.close()
         self._stage.postgres.start()
         self._outage_ends_s = None
         return True

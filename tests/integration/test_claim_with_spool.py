@@ -261,3 +261,15 @@ def test_nothing_that_is_known_to_be_committed_stays_in_doubt(connection, make_s
     sink.store(together(*entries))
 
     assert sink._transactions._in_doubt == {}
+
+
+def test_no_epoch_comes_twice_though_the_database_forgets_or_the_clock_is_set_back(connection):
+    first = claim(connection, ME)
+    query(connection, "DELETE FROM mqtt_bridge.owners RETURNING 1")  # as by a retirement, or an old backup
+    second = claim(connection, ME)
+    query(connection, "UPDATE mqtt_bridge.owners SET owner_epoch = owner_epoch + 3600000 RETURNING 1")
+
+    third = claim(connection, ME)
+
+    assert first.owner_epoch < second.owner_epoch < third.owner_epoch
+    assert third.owner_epoch == second.owner_epoch + 3600001
