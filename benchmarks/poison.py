@@ -21,6 +21,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -205,6 +206,12 @@ class House:
         with self.connections.connection() as connection, connection.cursor() as cursor:
             cursor.execute(statement)
 
+    def transactions(self, way: type[Transactions]) -> Transactions:
+        """Transactions of this kind, as the owner of the client id."""
+        made = way(client_id="benchmark", statement_timeout_s=30)
+        made.owner_epoch = self.claim.owner_epoch
+        return made
+
     def empty(self) -> None:
         """Every measurement begins with empty tables."""
         self.sql("TRUNCATE readings, mqtt_bridge.dead_letters, mqtt_bridge.ledger")
@@ -234,9 +241,7 @@ class House:
 
 def compare(house: House, rounds: int) -> None:
     """The first table."""
-    ways = {name: way(client_id="benchmark", statement_timeout_s=30) for name, way in WAYS.items()}
-    for way in ways.values():
-        way.owner_epoch = house.claim.owner_epoch
+    ways = {name: house.transactions(way) for name, way in WAYS.items()}
     for fault in FAULTS:
         print(f"\nOne batch of {SIZE:,}, bad rows by {fault}: milliseconds, and times the clean batch\n")
         print("| bad rows | " + " | ".join(ways) + " | halving / isolation |")
@@ -295,7 +300,7 @@ def _rates(house: House, rate: Callable[[frozenset[int]], float], rounds: int) -
     for _ in range(rounds):
         for (way, places), found in zip(legs, rates, strict=True):
             house.empty()
-            house.sink._transactions = way(client_id="benchmark", statement_timeout_s=30)
+            house.sink._transactions = house.transactions(way)
             found.append(rate(places))
     return [statistics.median(found) for found in rates]
 
@@ -341,11 +346,9 @@ def _rate_of_pipeline(house: House, bad: frozenset[int], workers: int, batches: 
 
 
 def _in_threads(count: int, work: Callable[[], object]) -> None:
-    threads = [threading.Thread(target=work, name=f"worker-{number}") for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(count) as threads:
+        for future in [threads.submit(work) for _ in range(count)]:
+            future.result()  # raises what has gone wrong: a figure would be of nothing
 
 
 # -- the run
