@@ -36,7 +36,7 @@ from mqtt_bridge.connections import BridgeConnection, Connections
 from mqtt_bridge.errors import ROW_BUILDING, Failure, classify
 from mqtt_bridge.isolation import AT_FAULT
 from mqtt_bridge.ledger import LAP, BatchKey, Claim, Entry, Ledger
-from mqtt_bridge.model import READINGS_COLUMNS, Message, Publish, Row, Table, Translated, Translation
+from mqtt_bridge.model import READINGS_COLUMNS, Message, Row, Run, Table, Translated, Translation
 from mqtt_bridge.pipeline import Limits, Pipeline
 from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.sink import Sink
@@ -329,14 +329,14 @@ def _rate_of_pipeline(house: House, bad: frozenset[int], workers: int, batches: 
         limits=Limits(workers=workers),
         on_fatal=lambda error: print(f"it failed: {error}"),
     )
-    pipeline.connected(session_present=False, send_ack=lambda _: None)
+    pipeline.connected(session_present=False, send_acks=lambda _: None)
     messages = [_reading(number, bad=number in bad)[0] for number in range(SIZE)] * batches
     pipeline.start()
     began_s = time.perf_counter()
     for number, message in enumerate(messages):
         while pipeline.full:
             time.sleep(0.001)
-        pipeline.receive(Publish(message.topic, message.payload, 1, packet_id=number % LAP + 1))
+        pipeline.receive(Run.of_one(message.topic, message.payload, 1, packet_id=number % LAP + 1))
     pipeline.drain(600)
     took_s = time.perf_counter() - began_s
     pipeline.stop()

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-Send = Callable[[int], object]
-"""Queues the PUBACK for one packet id; must not block."""
+SendAcks = Callable[[Sequence[int]], object]
+"""Queues the PUBACKs for these packet ids, in this order; must not block."""
 
 
 class AckTracker:
@@ -27,14 +27,14 @@ class AckTracker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Guarded by the lock:
-        self._send: Send | None = None  # None while there is no connection
+        self._send: SendAcks | None = None  # None while there is no connection
         self._order: deque[tuple[int, int]] = deque()  # (position, packet id), oldest first
         self._unfinished: set[int] = set()  # positions in _order that are not finished
         self._unproven: deque[int] = deque()  # positions acknowledged on this connection, oldest first
         self._sent = 0  # PUBACKs sent on this connection
         self._proven = 0  # those of them that the broker is known to have seen
 
-    def open(self, send: Send) -> None:
+    def open(self, send: SendAcks) -> None:
         """Begin the receive order of a new connection."""
         with self._lock:
             self._forget()
@@ -63,6 +63,13 @@ class AckTracker:
             else:
                 self._unfinished.add(position)
 
+    def add_run(self, positions: Sequence[int], packet_ids: Sequence[int]) -> None:
+        """Deliveries were received on this connection, in this order; none of them is finished."""
+        with self._lock:
+            if self._send is not None:
+                self._order.extend(zip(positions, packet_ids, strict=True))
+                self._unfinished.update(positions)
+
     def finish(self, positions: Iterable[int]) -> None:
         """These deliveries are durable, or ignored on purpose. Positions of earlier connections do no harm."""
         with self._lock:
@@ -74,11 +81,14 @@ class AckTracker:
         if self._send is None:
             return
         order, unfinished = self._order, self._unfinished
+        packet_ids = []
         while order and order[0][0] not in unfinished:
             position, packet_id = order.popleft()
-            self._send(packet_id)
+            packet_ids.append(packet_id)
             self._unproven.append(position)
-            self._sent += 1
+        if packet_ids:
+            self._send(packet_ids)
+            self._sent += len(packet_ids)
 
     @property
     def head(self) -> int | None:

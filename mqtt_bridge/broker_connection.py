@@ -13,6 +13,7 @@ paho's output queue and wakes the loop. Registering a write callback keeps paho 
 
 from __future__ import annotations
 
+import functools
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -26,13 +27,15 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.acks import AckTracker, SendAcks
 from mqtt_bridge.broker_limits import DropWatch, shortfalls
 from mqtt_bridge.errors import Problem, SettingsError, explain_refusal
-from mqtt_bridge.model import Publish
-from mqtt_bridge.publish_packet import MalformedPublish, parse
+from mqtt_bridge.fast_client import FastClient, why_unfit
+from mqtt_bridge.model import Run
+from mqtt_bridge.publish_packet import MalformedPublish
 from mqtt_bridge.retained import Retained
 from mqtt_bridge.settings import Settings
+from mqtt_bridge.stock_client import StockClient
 
 log = structlog.get_logger(__name__)
 
@@ -51,14 +54,14 @@ RESUBSCRIBE_S = 30.0
 class Inbox(Protocol):
     """Where received messages go: the pipeline."""
 
-    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
+    def connected(self, *, session_present: bool, send_acks: SendAcks) -> None:
         """A connection begins."""
 
     def disconnected(self) -> None:
         """It has ended."""
 
-    def receive(self, publish: Publish) -> None:
-        """Take a message in, without blocking."""
+    def receive(self, run: Run) -> None:
+        """Take messages in, without blocking."""
 
     def prove(self, positions: Sequence[int]) -> None:
         """The broker has seen these PUBACKs."""
@@ -66,19 +69,6 @@ class Inbox(Protocol):
     @property
     def session_to_raise(self) -> int | None:
         """A lost session that the database does not know of yet."""
-
-
-class _Client(mqtt.Client):
-    """paho's client, but that it hands PUBLISH packets over unread (why: see `publish_packet`)."""
-
-    def __init__(self, on_packet: Callable[[int, bytearray], bool], *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._on_packet = on_packet
-
-    def _handle_publish(self) -> MQTTErrorCode:
-        # A private method, the same in paho 2.0 to 2.2: called with a complete packet in _in_packet.
-        taken = self._on_packet(self._in_packet["command"], self._in_packet["packet"])
-        return MQTTErrorCode.MQTT_ERR_SUCCESS if taken else MQTTErrorCode.MQTT_ERR_PROTOCOL
 
 
 class BrokerConnection:
@@ -136,6 +126,7 @@ class BrokerConnection:
         self._barrier: tuple[int, int] | None = None  # packet id of the UNSUBSCRIBE under way, and its mark
         self._barrier_s = clock()
         self._takes_in = True
+        self._broken = False  # the broker has sent what cannot be read
         self.connected = False
         """Whether the broker has accepted the connection, and it has not ended."""
         self.subscribed = False
@@ -147,11 +138,12 @@ class BrokerConnection:
 
     # -- making it
 
-    def _make_client(self) -> mqtt.Client:
+    def _make_client(self) -> FastClient | StockClient:
         settings = self._settings
         protocol = MQTTProtocolVersion.MQTTv5 if self._is_v5 else MQTTProtocolVersion.MQTTv311
-        client = _Client(
-            self._on_publish,
+        client = client_class(settings)(
+            self._on_run,
+            self._on_malformed,
             CallbackAPIVersion.VERSION2,
             client_id=settings.mqtt_client_id,
             clean_session=None if self._is_v5 else not self._lasting,
@@ -190,7 +182,7 @@ class BrokerConnection:
 
     def step(self, timeout_s: float) -> bool:
         """Read and write what is there, waiting `timeout_s` for it; False when the connection has ended."""
-        if self._client.loop(timeout_s) != MQTTErrorCode.MQTT_ERR_SUCCESS:
+        if self._client.loop(timeout_s) != MQTTErrorCode.MQTT_ERR_SUCCESS or self._broken:
             return False
         return self._tend()
 
@@ -212,9 +204,9 @@ class BrokerConnection:
         """Time since the broker accepted the connection; None when it has not."""
         return None if self._connected_s is None else self._clock() - self._connected_s
 
-    def acknowledge(self, packet_id: int) -> None:
-        """Queue a PUBACK. Called under the lock of `acks`, by whichever thread has settled the message."""
-        self._client.ack(packet_id, 1)
+    def acknowledge(self, packet_ids: Sequence[int]) -> None:
+        """Queue PUBACKs. Called under the lock of `acks`, by whichever thread has settled the messages."""
+        self._client.acknowledge(packet_ids)
 
     def stop_taking_in(self) -> None:
         """From now on QoS 1 messages are left to the broker: neither stored nor acknowledged."""
@@ -253,7 +245,7 @@ class BrokerConnection:
         if not flags.session_present:
             self.subscriptions = frozenset()
             self.confirmed = False
-        self._inbox.connected(session_present=flags.session_present, send_ack=self.acknowledge)
+        self._inbox.connected(session_present=flags.session_present, send_acks=self.acknowledge)
         self._retained.connected(session_present=flags.session_present)
         self._connected_s = self._subscribe_at_s = self._clock()
         # The session has its subscriptions; the SUBACK of this connection may be queued behind a long backlog.
@@ -273,18 +265,14 @@ class BrokerConnection:
         self._drops.ended(cut=True)
         self._ended()
 
-    def _on_publish(self, flags: int, body: bytearray) -> bool:
-        """Take one PUBLISH packet in; False when the broker may not send it, and the connection has to end."""
-        try:
-            publish = parse(flags, body, is_v5=self._is_v5)
-        except MalformedPublish as error:
-            self.problem = f"the broker sent {error}; disconnected."
-            return False
-        if self._drops.takes(publish):
-            return True
-        if self._takes_in or not publish.qos:
-            self._inbox.receive(publish)
-        return True
+    def _on_run(self, run: Run) -> None:
+        for part in self._drops.sift(run):
+            if self._takes_in or not part.qos:
+                self._inbox.receive(part)
+
+    def _on_malformed(self, error: MalformedPublish) -> None:
+        self.problem = f"the broker sent {error}; disconnected."
+        self._broken = True
 
     # -- subscribing
 
@@ -386,6 +374,24 @@ def _subscription_problem(refused: Sequence[str], lowered: Sequence[str]) -> str
         names = ", ".join(lowered)
         return f"the broker grants only QoS 0 for {names}, and may lose messages. Raise its limit, or set MQTT_QOS=0."
     return None
+
+
+@functools.cache
+def _unfit() -> str | None:
+    """Why the fast client cannot be used, found out once."""
+    reason = why_unfit()
+    if reason:
+        log.warning(
+            "messages are received by paho's own reading, which takes ten times the CPU",
+            reason=reason,
+            remedy="install paho-mqtt 2.2, or set MQTT_RECEIVE=stock to be told no more",
+        )
+    return reason
+
+
+def client_class(settings: Settings) -> type[FastClient | StockClient]:
+    """The client that the settings ask for, if it fits the paho that is installed."""
+    return StockClient if settings.mqtt_receive == "stock" or _unfit() else FastClient
 
 
 def _leave_writing_to_the_loop(*_: object) -> None:

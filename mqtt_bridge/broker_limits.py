@@ -20,7 +20,7 @@ from typing import Any, Literal
 import structlog
 from paho.mqtt.reasoncodes import ReasonCode
 
-from mqtt_bridge.model import Publish
+from mqtt_bridge.model import Run
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.topics import covers
 
@@ -91,14 +91,19 @@ class DropWatch:
         self._suback_for = self._ask_at_s = None
         self._asked = False
 
-    def takes(self, publish: Publish) -> bool:
-        """Whether the message is the broker's count, and nobody else's business."""
-        if publish.topic != _DROPPED:
-            return False
-        if publish.payload.isdigit():
-            self._note(int(publish.payload[:18]))
+    def sift(self, run: Run) -> Iterator[Run]:
+        """What of `run` is the business of others than the watch: nearly always all of it."""
+        if _DROPPED not in run.topics:
+            yield run
+            return
+        for payload in (payload for topic, payload in zip(run.topics, run.payloads, strict=True) if topic == _DROPPED):
+            if payload.isdigit():
+                self._note(int(payload[:18]))
         # Of QoS 1 only where the user subscribes: such a message needs its place in the order of acknowledgements.
-        return not publish.qos and not self._read_on_the_way
+        if run.qos or self._read_on_the_way:
+            yield run
+        elif rest := [index for index, topic in enumerate(run.topics) if topic != _DROPPED]:
+            yield run.only(rest)
 
     @property
     def finished(self) -> bool:

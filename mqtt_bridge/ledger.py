@@ -28,10 +28,11 @@ Threads: `Ledger` has no lock of its own. The pipeline calls it under its lock, 
 from __future__ import annotations
 
 import enum
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import takewhile
 from typing import Literal, NamedTuple
 
 import structlog
@@ -228,6 +229,27 @@ class Ledger:
         self._pending[position] = mark
         return position, Seen.NEW
 
+    def place_run(self, packet_ids: Sequence[int], marks: Sequence[bytes]) -> range | None:
+        """The positions of deliveries without DUP that are new beyond doubt: their ids go on from the last, gapless.
+
+        None where that is not so, and nothing is changed then: `place` them one by one. This is the same for nearly
+        everything that ever comes, at the speed of C.
+        """
+        first_id, count = packet_ids[0], len(packet_ids)
+        distance = first_id if self._last_id is None else (first_id - self._last_id) % LAP
+        if (self._last_id is not None and distance > LAP // 2) or packet_ids != list(range(first_id, first_id + count)):
+            return None
+        first = self._last_position + distance if self._matching else self._highest + 1
+        if first <= self._highest:
+            return None
+        positions = range(first, first + count)
+        self._here.update(zip(positions, marks, strict=True))
+        self._pending.update(zip(positions, marks, strict=True))
+        self._first_here = False
+        self._last_position, self._last_id = positions[-1], packet_ids[-1]
+        self._reach(positions[-1])
+        return positions
+
     def _goes_back(self) -> bool:
         """Whether a broker that does not mark redeliveries may step back now: it redelivers first, and in order."""
         return self._redelivery == "unmarked" and self._first_here
@@ -316,14 +338,15 @@ class Ledger:
             self._prunable.append(entry.key)
 
     def _settle(self, entry: Entry, messages: Sequence[Message]) -> None:
-        self._unproven[entry.key] = 0
-        matches = bool(entry.fingerprints) and entry.session_epoch == self._session_epoch
-        for message in messages:
-            mark = self._pending.pop(message.position, None)
-            if mark is not None and matches:
-                self._commit(message.position, mark, entry.key)
-        if not self._unproven[entry.key]:
-            self._release_row(entry.key)
+        pop, key = self._pending.pop, entry.key
+        marks = [(message.position, pop(message.position, None)) for message in messages]
+        self._unproven[key] = 0
+        if entry.fingerprints and entry.session_epoch == self._session_epoch:
+            committed = {position: (mark, key) for position, mark in marks if mark is not None}
+            self._committed.update(committed)
+            self._unproven[key] = len(committed)
+        if not self._unproven[key]:
+            self._release_row(key)
 
     @property
     def lags(self) -> bool:
@@ -353,15 +376,16 @@ class Ledger:
 
     def prove(self, positions: Iterable[int]) -> None:
         """The broker has seen the PUBACKs of these: they cannot come again."""
+        forget_here, forget = self._here.pop, self._committed.pop
+        keys: Counter[BatchKey] = Counter()
         for position in positions:
-            self._here.pop(position, None)
-            if known := self._committed.pop(position, None):
-                self._prove_one(known[1])
-
-    def _prove_one(self, key: BatchKey) -> None:
-        self._unproven[key] -= 1
-        if not self._unproven[key]:
-            self._release_row(key)
+            forget_here(position, None)
+            if known := forget(position, None):
+                keys[known[1]] += 1
+        for key, count in keys.items():
+            self._unproven[key] -= count
+            if not self._unproven[key]:
+                self._release_row(key)
 
     def take_prunable(self) -> tuple[BatchKey, ...]:
         """Some ledger rows that no redelivery and no retry needs any more; the caller deletes or gives them back."""
@@ -384,5 +408,15 @@ class Ledger:
         """Positions too old to come again. Acknowledged before a cut, the broker never mentions them."""
         self._swept = self._highest
         floor = self._highest - REACH
-        self.prove([position for position in self._committed if position < floor])
-        self._here = {position: mark for position, mark in self._here.items() if position >= floor}
+        self.prove(_oldest(self._committed, floor))
+        for position in _oldest(self._here, floor):
+            del self._here[position]
+
+
+def _oldest(positions: Iterable[int], floor: int) -> list[int]:
+    """Those below `floor`, as far as they stand in front.
+
+    They stand in the order of their arrival or commit, which is theirs but for neighbours: one that stands behind a
+    newer one is found a little later, and matches nothing meanwhile, since no distance reaches so far back.
+    """
+    return list(takewhile(lambda position: position < floor, positions))

@@ -24,13 +24,13 @@ from typing import Protocol
 import structlog
 
 from mqtt_bridge.account import Account, Balance
-from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.acks import AckTracker, SendAcks
 from mqtt_bridge.batches import Batches, Work
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.dead_letter_share import DeadLetterShare
 from mqtt_bridge.errors import Fenced
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
-from mqtt_bridge.model import DeadLetter, Message, Publish
+from mqtt_bridge.model import DeadLetter, Message, Run
 from mqtt_bridge.sink import Stopped
 from mqtt_bridge.transactions import Batch, Stored
 
@@ -61,10 +61,6 @@ class Limits:
     batch_wait_s: float = 0.005
     queue_size: int = 20_000
     queue_bytes: int = 64 << 20
-
-
-def _cost(message: Message) -> int:
-    return len(message.topic) + len(message.payload) + MESSAGE_OVERHEAD
 
 
 class Pipeline:
@@ -177,11 +173,11 @@ class Pipeline:
 
     # -- the network thread
 
-    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
-        """A connection to the broker begins: its acknowledgements go to `send_ack`."""
+    def connected(self, *, session_present: bool, send_acks: SendAcks) -> None:
+        """A connection to the broker begins: its acknowledgements go to `send_acks`."""
         with self._lock:
             self._ledger.connected(session_present=session_present)
-            self._acks.open(send_ack)
+            self._acks.open(send_acks)
         if not session_present:
             self._on_session_lost()
 
@@ -189,16 +185,38 @@ class Pipeline:
         """The connection has ended: nothing may be acknowledged until the next one."""
         self._acks.close()
 
-    def receive(self, publish: Publish) -> None:
-        """Take one message in. Never blocks on the database, never raises for the sake of a message."""
-        topic, payload, qos, retain, dup, packet_id, properties = publish
-        message = Message(topic, payload, qos, retain, self._clock_us(), properties=properties)
-        if retain and not self._wants_replay(topic):
-            message = message._replace(unwanted=True)  # counted by a worker, for the ledger may need a row of it
-        if qos == 0:
-            self._receive_unacknowledged(message)
+    def receive(self, run: Run) -> None:
+        """Take messages in. Never blocks on the database, never raises for the sake of a message."""
+        now_us = self._clock_us()
+        if run.qos == 0:
+            self._receive_unacknowledged([self._message(run, index, now_us) for index in range(len(run.topics))])
             return
-        mark = fingerprint(topic, payload, retain=retain)
+        retain = run.retain
+        marks = [fingerprint(t, p, retain=retain) for t, p in zip(run.topics, run.payloads, strict=True)]
+        if retain or run.dup or not self._receive_plain(run, marks, now_us):
+            for index, mark in enumerate(marks):
+                self._receive_one(self._message(run, index, now_us), run.packet_ids[index], mark, dup=run.dup)
+
+    def _receive_plain(self, run: Run, marks: Sequence[bytes], now_us: int) -> bool:
+        """The hot path: all of a run at once, where its ids go on from the last one, as they nearly always do."""
+        new, class_ = tuple.__new__, Message  # half the price of Message(...)
+        with self._lock:
+            # Decided here: all these are new, and where they stand in this connection's receive order.
+            positions = self._ledger.place_run(run.packet_ids, marks)
+            if positions is None:
+                return False
+            messages = [
+                new(class_, (topic, payload, 1, False, now_us, position, mark, properties, False))
+                for topic, payload, position, mark, properties in zip(
+                    run.topics, run.payloads, positions, marks, run.properties, strict=True
+                )
+            ]
+            self._account.received += len(messages)
+            self._acks.add_run(positions, run.packet_ids)
+            self._enqueue(messages)
+        return True
+
+    def _receive_one(self, message: Message, packet_id: int, mark: bytes, *, dup: bool) -> None:
         with self._lock:
             # Decided here: is this delivery new, and where does it stand in this connection's receive order?
             self._account.received += 1
@@ -206,34 +224,50 @@ class Pipeline:
             if seen is not Seen.RESENT:
                 self._acks.add(position, packet_id, finished=seen is Seen.COMMITTED)
             if seen is Seen.NEW:
-                self._enqueue(message._replace(position=position, fingerprint=mark))
+                self._enqueue([message._replace(position=position, fingerprint=mark)])
             else:
                 self._account.book("duplicate")
 
-    def _receive_unacknowledged(self, message: Message) -> None:
+    def _receive_unacknowledged(self, messages: Sequence[Message]) -> None:
         with self._lock:
             # Decided here: QoS 0 is dropped, newest first, when there is no room; nothing else ever is.
-            self._account.received += 1
-            if self._held >= self._limits.queue_size or self._held_bytes >= self._limits.queue_bytes:
-                self._account.book("dropped")
-            else:
-                self._enqueue(message)
+            self._account.received += len(messages)
+            room = 0 if self._held_bytes >= self._limits.queue_bytes else max(0, self._limits.queue_size - self._held)
+            self._enqueue(messages[:room])
+            self._account.book("dropped", len(messages) - len(messages[:room]))
 
-    def _enqueue(self, message: Message) -> None:
-        self._queue.append(message)
-        self._hold([message], 1)
+    def _message(self, run: Run, index: int, now_us: int) -> Message:
+        topic = run.topics[index]
+        return Message(
+            topic,
+            run.payloads[index],
+            run.qos,
+            run.retain,
+            now_us,
+            properties=run.properties[index],
+            # Counted by a worker where it is not wanted, for the ledger may need a row of it.
+            unwanted=run.retain and not self._wants_replay(topic),
+        )
+
+    def _enqueue(self, messages: Sequence[Message]) -> None:
+        if not messages:
+            return
+        before = len(self._queue)
+        self._queue.extend(messages)
+        self._hold(messages, 1)
         # Wake a worker for the first message, and when a batch is full: not for each.
-        depth = len(self._queue)
-        if depth == 1 or depth % self._limits.batch_size == 0:
+        batch_size = self._limits.batch_size
+        if not before or before // batch_size != len(self._queue) // batch_size:
             self._arrived.notify()
 
     def _hold(self, messages: Sequence[Message], sign: int) -> None:
         """Count messages in (1) or out (-1) of what is held."""
-        owed = [message for message in messages if message.qos]
-        self._held += sign * len(messages)
-        self._held_bytes += sign * sum(map(_cost, messages))
+        costs = [len(message.topic) + len(message.payload) + MESSAGE_OVERHEAD for message in messages]
+        owed = [cost for cost, message in zip(costs, messages, strict=True) if message.qos]
+        self._held += sign * len(costs)
+        self._held_bytes += sign * sum(costs)
         self._owed += sign * len(owed)
-        self._owed_bytes += sign * sum(map(_cost, owed))
+        self._owed_bytes += sign * sum(owed)
 
     @property
     def full(self) -> bool:

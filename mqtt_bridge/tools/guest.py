@@ -10,11 +10,11 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.acks import AckTracker, SendAcks
 from mqtt_bridge.broker_connection import BrokerConnection
 from mqtt_bridge.broker_limits import DropWatch
 from mqtt_bridge.errors import explain_hangup
-from mqtt_bridge.model import Publish
+from mqtt_bridge.model import Run
 from mqtt_bridge.settings import Settings
 
 BROKER_TIMEOUT_S = 10.0
@@ -25,14 +25,14 @@ class _Discard:
 
     session_to_raise = None
 
-    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
+    def connected(self, *, session_present: bool, send_acks: SendAcks) -> None:
         """Nothing to prepare."""
 
     def disconnected(self) -> None:
         """Nothing to forget."""
 
-    def receive(self, publish: Publish) -> None:
-        """A copy for the guest; the bridge's own session gets every message as well."""
+    def receive(self, run: Run) -> None:
+        """Copies for the guest; the bridge's own session gets every message as well."""
 
     def prove(self, positions: Sequence[int]) -> None:
         """Nothing was acknowledged."""

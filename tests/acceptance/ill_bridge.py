@@ -18,7 +18,7 @@ from mqtt_bridge.batches import Work
 from mqtt_bridge.cli import main
 from mqtt_bridge.last_resort import OwnProcess
 from mqtt_bridge.ledger import Entry
-from mqtt_bridge.model import Message, Publish, Tally, Translation
+from mqtt_bridge.model import Message, Run, Tally, Translation
 from mqtt_bridge.pipeline import Pipeline
 from mqtt_bridge.routes import Router
 from mqtt_bridge.spool import Spool, SpoolError
@@ -51,8 +51,8 @@ def _translate_or(fail: Callable[[], NoReturn]) -> None:
 
 
 def _receive_or(fail: Callable[[], NoReturn]) -> None:
-    def receive(self: Pipeline, publish: Publish) -> None:
-        fail() if publish.payload == ILL_AT else _receive(self, publish)
+    def receive(self: Pipeline, run: Run) -> None:
+        fail() if ILL_AT in run.payloads else _receive(self, run)
 
     Pipeline.receive = receive  # type: ignore[method-assign]
 
@@ -101,10 +101,10 @@ def connecting_hangs() -> None:
     connect = subscriber.BrokerConnection.open
     connections = []
 
-    def receive(self: Pipeline, publish: Publish) -> None:
-        if publish.payload == ILL_AT:
+    def receive(self: Pipeline, run: Run) -> None:
+        if ILL_AT in run.payloads:
             raise OSError("the connection ends here")
-        _receive(self, publish)
+        _receive(self, run)
 
     def open_once(self: subscriber.BrokerConnection) -> None:
         connections.append(self)
@@ -142,11 +142,11 @@ def a_worker_hangs_with_the_lock() -> None:
 def the_queue_is_forgotten() -> None:
     """Nobody is woken for a message, and nobody who waits looks again."""
 
-    def receive(self: Pipeline, publish: Publish) -> None:
-        if publish.payload == ILL_AT:
+    def receive(self: Pipeline, run: Run) -> None:
+        if ILL_AT in run.payloads:
             wait_until(lambda: not self._queue and not self.batches_in_hand(), what="all workers to wait")
             self._arrived.notify = lambda n=1: None  # type: ignore[method-assign]
-        _receive(self, publish)
+        _receive(self, run)
 
     Pipeline.receive = receive  # type: ignore[method-assign]
 

@@ -18,7 +18,7 @@ import pytest
 
 from mqtt_bridge import subscriber
 from mqtt_bridge.bridge import Bridge
-from mqtt_bridge.model import Publish
+from mqtt_bridge.model import Run
 from mqtt_bridge.settings import load
 from mqtt_bridge.tools.embedded import Broker
 from tests.acceptance.traffic import Publisher
@@ -108,9 +108,9 @@ class Auditor:
     def _listen_in(self) -> None:
         receive = self._pipeline.receive
 
-        def note_and_receive(publish: Publish) -> None:
-            self.arrivals.append(number_of(publish.payload))
-            receive(publish)
+        def note_and_receive(run: Run) -> None:
+            self.arrivals.extend(map(number_of, run.payloads))
+            receive(run)
 
         self._pipeline.receive = note_and_receive  # type: ignore[method-assign]
 

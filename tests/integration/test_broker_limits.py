@@ -15,7 +15,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from mqtt_bridge.acks import AckTracker
 from mqtt_bridge.broker_limits import DROPPED, DropWatch
-from mqtt_bridge.model import Publish
+from mqtt_bridge.model import Run
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.subscriber import Subscriber
 from mqtt_bridge.tools.check import Finding, check_broker
@@ -40,8 +40,8 @@ class Inbox:
 
     def disconnected(self) -> None: ...
 
-    def receive(self, publish: Publish) -> None:
-        self.topics.append(publish.topic)
+    def receive(self, run: Run) -> None:
+        self.topics.extend(run.topics)
 
     def prove(self, positions: object) -> None: ...
 

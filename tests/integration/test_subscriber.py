@@ -22,7 +22,7 @@ import trustme
 from pydantic import SecretStr
 
 from mqtt_bridge.account import Balance
-from mqtt_bridge.acks import AckTracker
+from mqtt_bridge.acks import AckTracker, SendAcks
 from mqtt_bridge.batches import Batches
 from mqtt_bridge.broker_connection import BARRIER, BrokerConnection
 from mqtt_bridge.ledger import Ledger
@@ -89,8 +89,8 @@ class GatedStore:
 class _Pipeline(Pipeline):
     """The pipeline with a database that knows at once that a session was lost: SUBSCRIBE waits for that."""
 
-    def connected(self, *, session_present: bool, send_ack: Callable[[int], object]) -> None:
-        super().connected(session_present=session_present, send_ack=send_ack)
+    def connected(self, *, session_present: bool, send_acks: SendAcks) -> None:
+        super().connected(session_present=session_present, send_acks=send_acks)
         if (session_epoch := self.session_to_raise) is not None:
             self.session_raised(session_epoch)
 

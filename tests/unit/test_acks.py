@@ -15,7 +15,7 @@ from mqtt_bridge.acks import AckTracker
 def opened():
     """A tracker with an open connection, and the list of packet ids that it sends there."""
     acks, sent = AckTracker(), []
-    acks.open(sent.append)
+    acks.open(sent.extend)
     return acks, sent
 
 
@@ -54,7 +54,7 @@ def test_what_an_old_connection_delivered_is_not_acknowledged_on_the_next():
     acks.close()
     acks.finish([1])
     new = []
-    acks.open(new.append)
+    acks.open(new.extend)
     acks.finish([2])
 
     assert old == []
@@ -67,7 +67,7 @@ def test_a_redelivery_is_acknowledged_on_the_connection_that_brought_it_once_the
     acks.add(7, 11)
     acks.close()
     new = []
-    acks.open(new.append)
+    acks.open(new.extend)
     acks.add(7, 11)
 
     acks.finish([7])
@@ -214,7 +214,7 @@ class AckMachine(RuleBasedStateMachine):
             self.here.is_open = False
         connection = Connection()
         self.connections.append(connection)
-        self.acks.open(connection.sent.append)
+        self.acks.open(connection.sent.extend)
 
     @precondition(lambda self: self.here)
     @rule()

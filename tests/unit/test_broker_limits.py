@@ -10,7 +10,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 
 from mqtt_bridge.broker_limits import ASK_AFTER_S, DROPPED, TELL_EVERY_S, DropWatch, shortfalls
-from mqtt_bridge.model import Publish
+from mqtt_bridge.model import Run
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.subscriber import STEADY_S
 
@@ -36,8 +36,13 @@ class Link:
         return 0, len(self.subscribed)
 
 
-def count_of(payload: bytes, *, topic: str = DROPPED, qos: int = 0) -> Publish:
-    return Publish(topic.encode(), payload, qos, True, False, 7 if qos else 0, None)
+def takes(watch: DropWatch, run: Run) -> bool:
+    """Whether nothing of the run is left to others."""
+    return not list(watch.sift(run))
+
+
+def count_of(payload: bytes, *, topic: str = DROPPED, qos: int = 0) -> Run:
+    return Run.of_one(topic.encode(), payload, qos, retain=True, packet_id=7 if qos else 0)
 
 
 def suback(name: str) -> list[ReasonCode]:
@@ -133,7 +138,7 @@ def test_one_that_does_not_ask_keeps_the_count_from_the_pipeline_all_the_same(cl
     watch = asked(clock, link, DropWatch(FILTERS, asks=False, clock=clock))
 
     assert link.subscribed == []
-    assert watch.takes(count_of(b"5"))
+    assert takes(watch, count_of(b"5"))
 
 
 # --- Whose message it is ---
@@ -153,13 +158,13 @@ def test_one_that_does_not_ask_keeps_the_count_from_the_pipeline_all_the_same(cl
     ],
 )
 def test_the_pipeline_gets_the_count_only_where_the_user_subscribes_to_it(filters, publish, taken):
-    assert DropWatch(filters).takes(publish) is taken
+    assert takes(DropWatch(filters), publish) is taken
 
 
 def test_where_the_user_subscribes_to_it_the_count_is_read_on_the_way_and_not_asked_for_twice(clock, link):
     watch = asked(clock, link, DropWatch(("$SYS/#",), clock=clock))
 
-    watch.takes(count_of(b"12", qos=1))
+    takes(watch, count_of(b"12", qos=1))
 
     assert (link.subscribed, watch.dropped) == ([], 12)
 
@@ -167,9 +172,9 @@ def test_where_the_user_subscribes_to_it_the_count_is_read_on_the_way_and_not_as
 @pytest.mark.parametrize("payload", [b"", b"-1", b"1.5", b"many", b"\xff", "٣".encode()])
 def test_what_is_no_number_is_not_believed(payload):
     watch = DropWatch(FILTERS)
-    watch.takes(count_of(b"4"))
+    takes(watch, count_of(b"4"))
 
-    watch.takes(count_of(payload))
+    takes(watch, count_of(payload))
 
     assert watch.dropped == 4
 
@@ -177,7 +182,7 @@ def test_what_is_no_number_is_not_believed(payload):
 def test_an_endless_number_does_no_harm():
     watch = DropWatch(FILTERS)
 
-    watch.takes(count_of(b"9" * 10_000))
+    takes(watch, count_of(b"9" * 10_000))
 
     assert watch.dropped == 10**18 - 1
 
@@ -194,7 +199,7 @@ def warned(watch: DropWatch, link: Link) -> list[int]:
 def test_what_was_dropped_before_we_came_is_no_news(clock, link):
     watch = DropWatch(FILTERS, clock=clock)
 
-    watch.takes(count_of(b"1000"))
+    takes(watch, count_of(b"1000"))
 
     assert warned(watch, link) == []
 
@@ -203,7 +208,7 @@ def test_an_increase_is_told_with_how_many(clock, link):
     watch = DropWatch(FILTERS, clock=clock)
 
     for payload in (b"1000", b"1000", b"1003", b"1010"):
-        watch.takes(count_of(payload))
+        takes(watch, count_of(payload))
 
     assert warned(watch, link) == [10]
     assert warned(watch, link) == []
@@ -211,11 +216,11 @@ def test_an_increase_is_told_with_how_many(clock, link):
 
 def test_more_is_told_once_a_minute_also_when_no_further_count_comes(clock, link):
     watch = DropWatch(FILTERS, clock=clock)
-    watch.takes(count_of(b"0"))
-    watch.takes(count_of(b"1"))
+    takes(watch, count_of(b"0"))
+    takes(watch, count_of(b"1"))
     assert warned(watch, link) == [1]
 
-    watch.takes(count_of(b"3"))
+    takes(watch, count_of(b"3"))
     assert warned(watch, link) == []
     clock.now_s += TELL_EVERY_S
 
@@ -224,11 +229,11 @@ def test_more_is_told_once_a_minute_also_when_no_further_count_comes(clock, link
 
 def test_a_broker_that_counts_anew_after_a_restart_has_dropped_all_that_it_says(clock, link):
     watch = DropWatch(FILTERS, clock=clock)
-    watch.takes(count_of(b"1000"))
+    takes(watch, count_of(b"1000"))
 
-    watch.takes(count_of(b"0"))
+    takes(watch, count_of(b"0"))
     assert warned(watch, link) == []
-    watch.takes(count_of(b"4"))
+    takes(watch, count_of(b"4"))
 
     assert warned(watch, link) == [4]
     assert watch.dropped == 4

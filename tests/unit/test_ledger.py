@@ -692,7 +692,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def connect(self, *, session_present):
         self.broker.connect()
         self.ledger.connected(session_present=session_present)
-        self.acks.open(lambda packet_id: self.broker.wire.append(("puback", packet_id)))
+        self.acks.open(lambda packet_ids: self.broker.wire.extend(("puback", each) for each in packet_ids))
 
     # -- the broker
 

@@ -17,7 +17,7 @@ from mqtt_bridge.batches import Batches
 from mqtt_bridge.dead_letter_share import DeadLetterShare
 from mqtt_bridge.errors import Fenced, MessageError
 from mqtt_bridge.ledger import REACH, Claim, Ledger
-from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Publish, Table, Translation
+from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Run, Table, Translation
 from mqtt_bridge.pipeline import MESSAGE_OVERHEAD, Limits, Pipeline
 from mqtt_bridge.sink import Stopped
 from mqtt_bridge.transactions import Stored
@@ -113,16 +113,16 @@ class Hall:
     def connect(self, *, session_present=True):
         """The packet ids that will be acknowledged on a new connection."""
         acknowledged = []
-        self.pipeline.connected(session_present=session_present, send_ack=acknowledged.append)
+        self.pipeline.connected(session_present=session_present, send_acks=acknowledged.extend)
         return acknowledged
 
     def receive(self, *payloads, qos=1, retain=False):
         for payload in payloads:
             packet_id = next(self.packet_ids) if qos else 0
-            self.pipeline.receive(Publish(b"t", payload, qos, retain, packet_id=packet_id))
+            self.pipeline.receive(Run.of_one(b"t", payload, qos, retain=retain, packet_id=packet_id))
 
     def redeliver(self, packet_id, payload):
-        self.pipeline.receive(Publish(b"t", payload, 1, packet_id=packet_id, dup=True))
+        self.pipeline.receive(Run.of_one(b"t", payload, 1, packet_id=packet_id, dup=True))
 
     def balance(self):
         balance = self.pipeline.balance()
@@ -249,7 +249,7 @@ def test_a_stream_of_ignored_messages_leaves_a_ledger_row_now_and_then(hall_of):
     hall = hall_of()
 
     for packet_id in range(1, 40_000, 1_000):
-        hall.pipeline.receive(Publish(b"t", b"ignored", 1, packet_id=packet_id))
+        hall.pipeline.receive(Run.of_one(b"t", b"ignored", 1, packet_id=packet_id))
         hall.settle()
 
     assert 2 <= len(hall.store.batches) <= 4
@@ -441,7 +441,7 @@ def test_an_ignored_replay_that_is_delivered_again_is_ignored_again(hall_of):
     hall.settle()
 
     again = hall.connect()
-    hall.pipeline.receive(Publish(b"t", b"a", 1, True, True, 1))
+    hall.pipeline.receive(Run.of_one(b"t", b"a", 1, retain=True, dup=True, packet_id=1))
 
     hall.settle()
     assert again == [1]
@@ -456,7 +456,7 @@ def test_a_replay_that_was_stored_is_a_duplicate_though_it_is_not_wanted_any_mor
     hall.settle()
 
     again = hall.connect()
-    hall.pipeline.receive(Publish(b"t", b"a", 1, True, True, 1))
+    hall.pipeline.receive(Run.of_one(b"t", b"a", 1, retain=True, dup=True, packet_id=1))
 
     assert again == [1]
     assert hall.balance().outcomes["duplicate"] == 1
@@ -681,7 +681,7 @@ def test_what_a_lost_session_left_in_the_queue_is_stored_and_not_acknowledged(ha
     hall.receive(b"a")
 
     new = hall.connect(session_present=False)
-    hall.pipeline.receive(Publish(b"t", b"b", 1, packet_id=1))
+    hall.pipeline.receive(Run.of_one(b"t", b"b", 1, packet_id=1))
     hall.pipeline.start()
 
     hall.settle()

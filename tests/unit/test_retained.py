@@ -415,7 +415,7 @@ class RetainedMachine(RuleBasedStateMachine):
 
     def connect(self, *, session_present):
         self.broker.connect()
-        self.acks.open(lambda packet_id: self.broker.to_broker.append(("puback", packet_id)))
+        self.acks.open(lambda packet_ids: self.broker.to_broker.extend(("puback", each) for each in packet_ids))
         self.retained.connected(session_present=session_present)
         self.confirmed &= session_present
         self.barrier = None

@@ -1,0 +1,64 @@
+"""paho's client as it is, with the interface of `fast_client`: for a paho that the fast one does not fit.
+
+It uses public parts only, and pays for it: about 100 us of CPU a message. And paho's own strictness comes with it: it
+ends the connection for a property that it does not like, and the broker delivers that message again and again.
+
+Threads: the network thread reads; `acknowledge` may be called by any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import paho.mqtt.client as mqtt
+
+from mqtt_bridge.fast_client import OnMalformed, OnRun
+from mqtt_bridge.model import Properties, Run
+from mqtt_bridge.publish_packet import MalformedPublish
+
+
+class StockClient(mqtt.Client):
+    """Hands `on_run` each message as it comes, as a run of one, and `on_malformed` what should end the connection."""
+
+    def __init__(self, on_run: OnRun, on_malformed: OnMalformed, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._on_run = on_run
+        self._on_malformed = on_malformed
+        self.on_message = self._receive
+
+    def acknowledge(self, packet_ids: Sequence[int]) -> None:
+        """Queue the PUBACKs of these, in this order."""
+        for packet_id in packet_ids:
+            self.ack(packet_id, 1)
+
+    def _receive(self, _client: object, _userdata: object, message: mqtt.MQTTMessage) -> None:
+        topic = _topic(message)
+        if message.qos > 1 or not topic:
+            self._on_malformed(MalformedPublish(f"a message of QoS {message.qos} to the topic {topic!r}"))
+            return
+        self._on_run(
+            Run.of_one(
+                topic,
+                bytes(message.payload),
+                message.qos,
+                retain=message.retain,
+                dup=message.dup,
+                packet_id=message.mid,
+                properties=_properties(message),
+            )
+        )
+
+
+def _topic(message: mqtt.MQTTMessage) -> bytes:
+    try:
+        return message.topic.encode()
+    except UnicodeDecodeError:
+        return bytes(message._topic)  # paho has no public name for a topic that is not UTF-8
+
+
+def _properties(message: mqtt.MQTTMessage) -> Properties:
+    if message.properties is None or message.properties.isEmpty():  # type: ignore[no-untyped-call]
+        return None
+    found: Properties = message.properties.json()  # type: ignore[no-untyped-call]
+    return found
