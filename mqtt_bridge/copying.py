@@ -10,23 +10,24 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
 from mqtt_bridge.model import Row, Table
+from mqtt_bridge.readings import EPOCH_US, NULL, Readings
 
 HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
 TRAILER = b"\xff\xff"
-EPOCH_US = 946_684_800_000_000
-"""PostgreSQL counts microseconds from 2000-01-01, the bridge from 1970-01-01."""
+Encoder = Callable[[Iterable[Collection[Row]]], bytes]
+"""Turns the rows of one message after the other into COPY data, header and trailer included.
 
-Encoder = Callable[[Iterable[Row]], bytes]
-"""Turns rows into COPY data, header and trailer included. Raises ValueError for a row that cannot be encoded."""
+Raises ValueError for a row that cannot be encoded.
+"""
 
-_NULL = struct.pack(">i", -1)
 _SHORT = struct.Struct(">ih").pack
 _LONG = struct.Struct(">iq").pack
 _DOUBLE = struct.Struct(">id").pack
@@ -63,54 +64,21 @@ def encoder(types: Sequence[str]) -> Encoder:
     packers = [PACKERS[type_] for type_ in types]
     count = struct.pack(">h", len(packers))
 
-    def encode(rows: Iterable[Row]) -> bytes:
-        parts = [HEADER]
-        for row in rows:
-            parts.append(count)
-            parts += [_NULL if value is None else pack(value) for pack, value in zip(packers, row, strict=True)]
-        parts.append(TRAILER)
-        return b"".join(parts)
+    def encode(parts: Iterable[Collection[Row]]) -> bytes:
+        data = [HEADER]
+        for row in chain.from_iterable(parts):
+            data.append(count)
+            data += [NULL if value is None else pack(value) for pack, value in zip(packers, row, strict=True)]
+        data.append(TRAILER)
+        return b"".join(data)
 
     return encode
 
 
-class ReadingsEncoder:
-    """The same for the narrow shape, which is nearly every row: two `struct` calls and a cached middle a row.
-
-    One instance may serve any number of threads and connections: its cache is a dict of finished values.
-    """
-
-    CACHED = 100_000
-    """Pairs of device and metric remembered; beyond, the cache starts anew."""
-    LONGEST = 300
-    """Longer ones are not remembered: nobody can fill the memory with names."""
-
-    def __init__(self) -> None:
-        self._middles: dict[tuple[str, str], bytes] = {}
-
-    def __call__(self, rows: Iterable[Row]) -> bytes:
-        middles = self._middles
-        head, value_and_null = struct.Struct(">hiq").pack, struct.Struct(">idi").pack
-        parts = [HEADER]
-        append = parts.append
-        for time_us, device, metric, value, text in rows:
-            append(head(5, 8, time_us - EPOCH_US))
-            append(middles.get((device, metric)) or self._middle(device, metric))
-            if text is None and value is not None:
-                append(value_and_null(8, value, -1))  # nearly always
-            else:
-                append(_NULL if value is None else _DOUBLE(8, value))
-                append(_NULL if text is None else _text(text))
-        append(TRAILER)
-        return b"".join(parts)
-
-    def _middle(self, device: str, metric: str) -> bytes:
-        middle = _text(device) + _text(metric)
-        if len(middle) <= self.LONGEST:
-            if len(self._middles) >= self.CACHED:
-                self._middles.clear()
-            self._middles[device, metric] = middle
-        return middle
+def encode_readings(parts: Iterable[Collection[Row]]) -> bytes:
+    """An `Encoder` for the narrow shape, which nearly all rows have: they are packed already."""
+    packed = [part.data if type(part) is Readings else Readings.of(part).data for part in parts]
+    return b"".join([HEADER, *packed, TRAILER])
 
 
 def statement(table: Table) -> sql.Composed:

@@ -18,8 +18,7 @@ Threads: none of its own; everything runs in the caller's, on its connection.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import psycopg2
@@ -36,8 +35,8 @@ CHUNK = 64
 """Messages that are tried together after a refusal. A chunk that fails costs its good rows again, one that is stored
 costs a round trip: between 32 and 128 they balance (`benchmarks/poison.py`)."""
 
-Encode = Callable[[Table, Sequence[Row]], bytes]
-"""COPY data for a table. Raises one of ROW_BUILDING for a row that cannot be encoded."""
+Encode = Callable[[Table, Sequence[Collection[Row]]], bytes]
+"""COPY data for a table, from the rows of messages. Raises one of ROW_BUILDING for a row that cannot be encoded."""
 
 
 def isolate(
@@ -68,10 +67,21 @@ def _unfit(translated: Sequence[Translated], encode: Encode) -> dict[int, Failur
     failures = {}
     for index, (_, translation) in enumerate(translated):
         try:
-            encode(translation.table, translation.rows)
+            encode(translation.table, [translation.rows])
         except ROW_BUILDING as error:
             failures[index] = classify(error, connected=True)
     return failures
+
+
+def by_table(translations: Iterable[Translation]) -> dict[Table, list[Collection[Row]]]:
+    """The rows of these messages, message by message, for each table in its first appearance's order."""
+    tables: dict[Table, list[Collection[Row]]] = {}
+    latest: Table | None = None
+    for _, table, rows, _ in translations:
+        if table is not latest:  # to hash it for each message would be dear
+            latest, found = table, tables.setdefault(table, [])
+        found.append(rows)
+    return tables
 
 
 # -- the search
@@ -185,10 +195,8 @@ class _Runs:
         return None
 
     def _copies(self, start: int, stop: int) -> list[tuple[str, bytes]]:
-        rows: dict[Table, list[Row]] = defaultdict(list)
-        for translation in self._translations[start:stop]:
-            rows[translation.table] += translation.rows
-        return [(self._statements[table], self._encode(table, found)) for table, found in rows.items()]
+        parts = by_table(self._translations[start:stop])
+        return [(self._statements[table], self._encode(table, rows)) for table, rows in parts.items()]
 
     def close(self) -> None:
         """Leave the transaction fit for more."""

@@ -7,7 +7,7 @@ than dataclasses because one of each is made for every message, and a tuple cost
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,7 +96,7 @@ class Translation(NamedTuple):
 
     route: str
     table: Table
-    rows: list[Row]
+    rows: Collection[Row]
     ignored: str | None = None
     """Reason when the message is ignored on purpose (`no_values`, `no_route`, `retained` ...), else None."""
 
@@ -127,6 +127,11 @@ class Tally:
     """Implausible times that were replaced by the arrival time."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Ignored messages by reason."""
+
+    def repair(self, repairs: Iterable[str]) -> None:
+        """One message was stored with these repairs, each named like its count."""
+        for repair in repairs:
+            setattr(self, repair, getattr(self, repair) + 1)
 
     def ignore(self, reason: str) -> None:
         """One message was ignored for this reason."""

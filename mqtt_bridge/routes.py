@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mqtt_bridge.decoders import FORMATS, Decoder, json, times
 from mqtt_bridge.decoders.values import MAX_NAME_BYTES, Narrow, Repair, RoundedInteger, is_short_name
 from mqtt_bridge.errors import MessageError
-from mqtt_bridge.model import READINGS_COLUMNS, Message, Row, Table, Tally, Translation
+from mqtt_bridge.model import READINGS_COLUMNS, Message, Table, Tally, Translation
+from mqtt_bridge.readings import Readings
 from mqtt_bridge.topics import TopicPattern, covers
 
 READINGS = Table("readings", READINGS_COLUMNS)
+
+_new = tuple.__new__  # half the price of Translation(...), for what is made once a message
 
 MAX_VALUES = 10_000
 MAX_DEPTH = 64
@@ -59,6 +63,11 @@ class _Match:
     decode: Decoder
     shape: Narrow
 
+    def read(self, document: Any, received_us: int, repairs: list[Repair]) -> Readings:
+        """The rows of a document. The repairs count only if the whole of it is read."""
+        time_us = times.take(document, received_us, repairs) if type(document) is dict else received_us
+        return self.shape.rows(document, time_us, repairs)
+
 
 class Router:
     """Translates messages by the first route that matches their topic."""
@@ -70,6 +79,7 @@ class Router:
         self._max_values = max_values
         self._max_depth = max_depth
         self._matches: dict[bytes, _Match | Translation] = {}
+        self._names: dict[str, bytes] = {}
 
     def translate(self, message: Message, tally: Tally) -> Translation:
         """The rows of a message, or why it has none; adds to the tally what had to be repaired.
@@ -80,13 +90,22 @@ class Router:
         match = self._matches.get(message.topic) or self._find(message.topic)
         if isinstance(match, Translation):
             return match
-        route = match.route
+        repairs: list[Repair] = []
         try:
-            rows = _rows(match, message, tally)
+            try:
+                rows = match.read(match.decode(message.payload), message.received_us, repairs)
+            except RoundedInteger:
+                repairs.clear()
+                rows = match.read(json.exact(message.payload), message.received_us, repairs)
+            except RecursionError as error:  # where max_depth is set beyond what Python's stack holds
+                raise MessageError("The payload is nested too deeply.") from error
         except MessageError as error:
-            error.route = route.name
+            error.route = match.route.name
             raise
-        return Translation(route.name, route.table, rows, None if rows else "no_values")
+        if repairs:
+            tally.repair(repairs)
+        route = match.route
+        return _new(Translation, (route.name, route.table, rows, None if rows.size else "no_values"))
 
     def _find(self, topic: bytes) -> _Match | Translation:
         """The match of a topic, or the translation of all its messages when it is ignored."""
@@ -114,7 +133,8 @@ class Router:
             reason = f"The device {device[:40]!r}... is longer than {MAX_NAME_BYTES:,} bytes."
             raise MessageError(reason, stage="route", route=route.name)
         metric = captures["metric"].replace("/", ".") if "metric" in captures else _last_level(topic)
-        return _Match(route, FORMATS[route.format], Narrow(device, metric, self._max_values, self._max_depth))
+        shape = Narrow(device, metric, max_values=self._max_values, max_depth=self._max_depth, names=self._names)
+        return _Match(route, FORMATS[route.format], shape)
 
 
 def _without_covered(filters: Iterable[str]) -> tuple[str, ...]:
@@ -140,21 +160,3 @@ def _characters(topic: bytes) -> str:
 def _last_level(topic: str) -> str:
     """The last level that is not empty: `a/b/` means `b`."""
     return topic.rstrip("/").rpartition("/")[2] or topic
-
-
-def _rows(match: _Match, message: Message, tally: Tally) -> list[Row]:
-    try:
-        return _read(match, match.decode(message.payload), message.received_us, tally)
-    except RoundedInteger:
-        return _read(match, json.exact(message.payload), message.received_us, tally)
-    except RecursionError as error:  # where max_depth is set beyond what Python's stack holds
-        raise MessageError("The payload is nested too deeply.") from error
-
-
-def _read(match: _Match, document: object, received_us: int, tally: Tally) -> list[Row]:
-    repairs: list[Repair] = []
-    time_us = times.take(document, received_us, repairs) if type(document) is dict else received_us
-    rows = match.shape.rows(document, time_us, repairs)
-    for repair in repairs:
-        setattr(tally, repair, getattr(tally, repair) + 1)
-    return rows

@@ -11,7 +11,6 @@ Threads: the workers call `Transactions.run`, each with its own connection. The 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +24,9 @@ from mqtt_bridge import copying, dead_letters, isolation, ownership, schema
 from mqtt_bridge.breaker import Breaker
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import ROW_BUILDING, Failure, SinkError, classify
-from mqtt_bridge.isolation import AT_FAULT
+from mqtt_bridge.isolation import AT_FAULT, by_table
 from mqtt_bridge.ledger import BatchKey, Entry
-from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Row, Table, Translated
+from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Table, Translated
 from mqtt_bridge.ownership import AlreadyCommitted
 
 log = structlog.get_logger(__name__)
@@ -69,7 +68,6 @@ class Transactions:
         self._begin = begin(statement_timeout_s)
         self.owner_epoch = 0
         """Of this process: only while it is the newest does a transaction commit."""
-        self._readings = copying.ReadingsEncoder()
         self._dead_letters = copying.encoder(dead_letters.TYPES)
         self._breaker = Breaker()
         # By the keys of a transaction whose COMMIT was sent and whose answer has not been seen: what it holds.
@@ -137,12 +135,12 @@ class Transactions:
         self, connection: BridgeConnection, translated: Sequence[Translated], letters: Sequence[DeadLetter]
     ) -> list[tuple[sql.Composed, bytes]]:
         """A COPY statement and its data for each table that is written to."""
-        rows: dict[Table, list[Row]] = defaultdict(list)
-        for _, translation in translated:
-            rows[translation.table] += translation.rows
-        copies = [(copying.statement(t), self._encoder(connection, t)(table_rows)) for t, table_rows in rows.items()]
+        copies = [
+            (copying.statement(table), self._encoder(connection, table)(rows))
+            for table, rows in by_table(translation for _, translation in translated).items()
+        ]
         if letters:
-            data = self._dead_letters([dead_letters.row(letter, self._client_id) for letter in letters])
+            data = self._dead_letters([[dead_letters.row(letter, self._client_id) for letter in letters]])
             copies.append((copying.statement(dead_letters.TABLE), data))
         return copies
 
@@ -166,7 +164,7 @@ class Transactions:
         """Made from the catalogue: binary COPY would take eight bytes of anything for eight bytes of anything else."""
         if table.columns == READINGS_COLUMNS:
             schema.verify(connection)
-            return self._readings
+            return copying.encode_readings
         types = {column.name: column.type for column in schema.columns_of(connection, table.name)}
         return copying.encoder([types[name] for name in table.columns])
 
@@ -199,7 +197,7 @@ class Transactions:
     ) -> list[tuple[Translated, Failure]]:
         """Store what can be stored of `translated`; returns what cannot. See `isolation.isolate`."""
         return isolation.isolate(
-            cursor, translated, lambda table, rows: self._encoder(connection, table)(rows), error=error
+            cursor, translated, lambda table, parts: self._encoder(connection, table)(parts), error=error
         )
 
     def _pause_if_the_database_is_at_fault(self, batch: Batch, refused: Sequence[tuple[Translated, Failure]]) -> None:
@@ -243,7 +241,5 @@ def _rollback(connection: BridgeConnection) -> None:
 
 
 def _count(translated: Sequence[Translated]) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for _, translation in translated:
-        counts[translation.table.name] += len(translation.rows)
-    return dict(counts)
+    tables = by_table(translation for _, translation in translated)
+    return {table.name: sum(map(len, parts)) for table, parts in tables.items()}

@@ -27,6 +27,9 @@ _EPOCH_NAIVE = datetime(1970, 1, 1)
 _MICROSECOND = timedelta(microseconds=1)
 _MAX_TEXT = 64
 
+# Numbers from here on are of that unit.
+_MILLISECONDS, _MICROSECONDS = 10**11, 10**14
+
 _LEAP_SECOND = re.compile(r"([T ][0-9]{2}:?[0-9]{2}:?)60")
 _END_OF_DAY = re.compile(r"([T ])24(?=:?00(?::?00(?:[.,]0*)?)?(?:Z|[+-]|$))")
 _ZONE_NAME = re.compile(r" ?(?:UTC|GMT)$")
@@ -65,11 +68,13 @@ def parse(value: Any) -> int | None:
 
 def _from_number(number: int | float) -> int | None:
     """Seconds, milli-, micro- or nanoseconds: a plausible time lies in one unit's range only."""
+    if type(number) is int and _MILLISECONDS <= number < _MICROSECONDS:  # what most devices send
+        return number * 1000
     if not 0 <= number < 1e20:  # also false for NaN
         return None
-    if number < 1e11:
+    if number < _MILLISECONDS:
         return round(number * 1e6)
-    if number < 1e14:
+    if number < _MICROSECONDS:
         return round(number * 1e3)
     return int(number) if number < 1e17 else int(number) // 1000
 

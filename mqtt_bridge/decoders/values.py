@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from mqtt_bridge import readings
 from mqtt_bridge.decoders.text import HUGE
 from mqtt_bridge.errors import MessageError
-from mqtt_bridge.model import Row
+from mqtt_bridge.readings import Readings
 
 Repair = Literal["nan_skipped", "nul_removed", "time_replaced"]
 """One thing that was changed or left out in a message; named like its count in `Tally`."""
@@ -30,38 +30,46 @@ class RoundedInteger(Exception):
     """The document holds a float so large that it may be a rounded integer: read the payload with `json.exact`."""
 
 
-@dataclass(frozen=True, slots=True)
+_NAMES_REMEMBERED = 10_000
+_LONGEST_REMEMBERED = 200
+
+
 class Narrow:
     """The narrow shape for one topic: a row for each value."""
 
-    device: str
-    metric: str
-    """Metric of a payload that is a single value."""
-    max_values: int
-    max_depth: int
-    """Levels of objects and lists that a document may have."""
+    def __init__(self, device: str, metric: str, *, max_values: int, max_depth: int, names: dict[str, bytes]) -> None:
+        """`metric`: of a payload that is a single value. `max_depth`: levels of objects and lists in a document.
 
-    def rows(self, document: Any, time_us: int, repairs: list[Repair]) -> list[Row]:
+        `names`: metrics that were seen before, packed; shared by all topics, and bounded here.
+        """
+        self._device = readings.name(device)
+        self._metric = metric
+        self._max_values = max_values
+        self._max_depth = max_depth
+        self._names = names
+
+    def rows(self, document: Any, time_us: int, repairs: list[Repair]) -> Readings:
         """The rows of a document; MessageError when it has too many values, too many levels or too long a name."""
-        rows: list[Row] = []
+        parts: list[bytes] = []
+        head = readings.head(time_us, self._device)
         kind = type(document)
         if kind is dict or kind is list:
-            self._add_all(document, "", 1, rows, time_us, repairs)
+            self._add_all(document, "", 1, parts, head, repairs)
         else:
-            self._add_items(((self.metric, document),), "", 1, rows, time_us, repairs)
-        return rows
+            self._add_items(((self._metric, document),), "", 1, parts, head, repairs)
+        return Readings(len(parts) // 3, b"".join(parts))
 
     def _add_all(
-        self, node: Any, prefix: str, depth: int, rows: list[Row], time_us: int, repairs: list[Repair]
+        self, node: Any, prefix: str, depth: int, parts: list[bytes], head: bytes, repairs: list[Repair]
     ) -> None:
         # Both checks: the first keeps a long list from filling the memory, the second counts across the message.
-        if len(node) > self.max_values:
+        if len(node) > self._max_values:
             raise self._too_many_values()
-        if depth > self.max_depth:
-            raise MessageError(f"The payload has more than {self.max_depth:,} levels.")
+        if depth > self._max_depth:
+            raise MessageError(f"The payload has more than {self._max_depth:,} levels.")
         items = node.items() if type(node) is dict else zip(map(str, range(len(node))), node, strict=True)
-        self._add_items(items, prefix, depth, rows, time_us, repairs)
-        if len(rows) > self.max_values:
+        self._add_items(items, prefix, depth, parts, head, repairs)
+        if len(parts) > 3 * self._max_values:
             raise self._too_many_values()
 
     def _add_items(
@@ -69,33 +77,40 @@ class Narrow:
         items: Iterable[tuple[str, Any]],
         prefix: str,
         depth: int,
-        rows: list[Row],
-        time_us: int,
+        parts: list[bytes],
+        head: bytes,
         repairs: list[Repair],
     ) -> None:
-        """The hot loop: one turn a value, no call and no object but the row for the common kinds."""
-        device = self.device
+        """The hot loop: one turn a value, three pieces a row, and for the common kinds nothing made but the last."""
+        known, number, add = self._names.get, readings.number, parts.append
         for key, value in items:
-            metric = prefix + key
-            if len(metric) > _CERTAINLY_SHORT or "\0" in metric:
-                metric = _storable_metric(metric, repairs)
             kind = type(value)
+            if kind is dict or kind is list:
+                self._add_all(value, prefix + key + ".", depth + 1, parts, head, repairs)
+                continue
             if (kind is float or kind is int) and -_EXACT <= value <= _EXACT:
-                rows.append((time_us, device, metric, value, None))
-            elif kind is str:
-                text = value if "\0" not in value else without_nul(value, repairs)
-                rows.append((time_us, device, metric, None, text))
-            elif kind is dict or kind is list:
-                self._add_all(value, metric + ".", depth + 1, rows, time_us, repairs)
-            elif kind is bool:
-                rows.append((time_us, device, metric, int(value), None))
-            elif kind is int:
-                rows.append((time_us, device, metric, *_large_integer(value)))
-            elif value is not None and _is_finite(value, repairs):
-                rows.append((time_us, device, metric, value, None))
+                ending = number(8, value, -1)
+            elif value is None or (ending := _ending(value, repairs)) is None:  # type: ignore[assignment]
+                continue
+            metric = prefix + key if prefix else key
+            add(head)
+            add(known(metric) or self._name(metric, repairs))
+            add(ending)
+
+    def _name(self, metric: str, repairs: list[Repair]) -> bytes:
+        """A metric as a field; one that needs no repair is remembered."""
+        if "\0" in metric:
+            metric = without_nul(metric, repairs)
+        elif len(metric) <= _LONGEST_REMEMBERED:
+            if len(self._names) >= _NAMES_REMEMBERED:
+                self._names.clear()  # crude, but a name is packed again in a microsecond
+            self._names[metric] = readings.name(metric)
+        if not is_short_name(metric):
+            raise MessageError(f"The metric {metric[:40]!r}... is longer than {MAX_NAME_BYTES:,} bytes.")
+        return readings.name(metric)
 
     def _too_many_values(self) -> MessageError:
-        return MessageError(f"The payload has more than {self.max_values:,} values.")
+        return MessageError(f"The payload has more than {self._max_values:,} values.")
 
 
 def without_nul(text: str, repairs: list[Repair]) -> str:
@@ -109,12 +124,16 @@ def is_short_name(name: str) -> bool:
     return len(name) <= _CERTAINLY_SHORT or len(name.encode()) <= MAX_NAME_BYTES
 
 
-def _storable_metric(metric: str, repairs: list[Repair]) -> str:
-    if "\0" in metric:
-        metric = without_nul(metric, repairs)
-    if not is_short_name(metric):
-        raise MessageError(f"The metric {metric[:40]!r}... is longer than {MAX_NAME_BYTES:,} bytes.")
-    return metric
+def _ending(value: Any, repairs: list[Repair]) -> bytes | None:
+    """The value as the last two fields of a row; None where it is not stored."""
+    kind = type(value)
+    if kind is str:
+        return readings.ending(None, value if "\0" not in value else without_nul(value, repairs))
+    if kind is bool:
+        return readings.ending(int(value), None)
+    if kind is int:
+        return readings.ending(*_large_integer(value))
+    return readings.ending(value, None) if _is_finite(value, repairs) else None
 
 
 def _large_integer(value: int) -> tuple[float | None, str | None]:

@@ -28,15 +28,11 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
-class _Arrival(int):
-    """The arrival time, recognisable in a row: translation hands it through, and makes plain ints of other times."""
-
-
 def explain(
     router: Router, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False, at: datetime | None = None
 ) -> Explanation:
     """What becomes of one message that arrives at the given time (aware; default: now)."""
-    received_us = _Arrival(((at or datetime.now(UTC)) - _EPOCH) // _MICROSECOND)
+    received_us = ((at or datetime.now(UTC)) - _EPOCH) // _MICROSECOND
     # A topic that is no Unicode becomes bytes that are no UTF-8, and a dead letter, as from a broker.
     message = Message(topic.encode(errors="surrogatepass"), payload, qos, retain, received_us)
     try:
@@ -46,7 +42,12 @@ def explain(
     if translation.ignored:
         route = None if translation.ignored == "no_route" else translation.route
         return _explanation(topic, "ignored", route=route, error=translation.ignored)
-    rows = [_named(translation.table, row) for row in translation.rows]
+    # Arrived a moment earlier, it would have other times where they are those of the arrival.
+    earlier = router.translate(message._replace(received_us=received_us - 1), Tally())
+    rows = [
+        _named(translation.table, row, arrival=row != other)
+        for row, other in zip(translation.rows, earlier.rows, strict=True)
+    ]
     return _explanation(topic, "stored", route=translation.route, table=translation.table.name, rows=rows)
 
 
@@ -86,10 +87,10 @@ def _explanation(
     }
 
 
-def _named(table: Table, row: Row) -> dict[str, Any]:
-    """A row by column name."""
+def _named(table: Table, row: Row, *, arrival: bool) -> dict[str, Any]:
+    """A row by column name; `arrival`: its time is that of the arrival."""
     named = dict(zip(table.columns, row, strict=True))
-    named["time"] = None if isinstance(named["time"], _Arrival) else _rfc_3339(named["time"])
+    named["time"] = None if arrival else _rfc_3339(named["time"])
     return named
 
 

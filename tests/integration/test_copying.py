@@ -11,7 +11,7 @@ import pytest
 
 from mqtt_bridge import schema
 from mqtt_bridge.connections import Connections
-from mqtt_bridge.copying import PACKERS, ReadingsEncoder, encoder
+from mqtt_bridge.copying import PACKERS, encode_readings, encoder
 from mqtt_bridge.errors import SchemaError, Verdict, classify
 from mqtt_bridge.ledger import BatchKey, Entry
 from mqtt_bridge.model import READINGS_COLUMNS, Message, Table, Translation
@@ -60,7 +60,7 @@ def test_what_a_packer_writes_is_what_postgresql_reads(connections, type_, value
     with connections.connection() as connection:
         execute(connection, f"CREATE TABLE t (n int2, v {type_})")
 
-        copy(connection, "t", encoder(["int2", type_])([*[(n, v) for n, (v, _) in enumerate(values)], (999, None)]))
+        copy(connection, "t", encoder(["int2", type_])([[*[(n, v) for n, (v, _) in enumerate(values)], (999, None)]]))
 
         got = [value for (value,) in execute(connection, "SELECT v FROM t ORDER BY n")]
     got = [bytes(value) if isinstance(value, memoryview) else value for value in got]
@@ -77,7 +77,7 @@ def test_readings_are_read_as_they_were_written(connections):
 
     with connections.connection() as connection:
         schema.apply(connection, now=NOW)
-        copy(connection, "readings (time, device, metric, value, value_text)", ReadingsEncoder()(rows))
+        copy(connection, "readings (time, device, metric, value, value_text)", encode_readings([rows]))
         stored = execute(connection, "SELECT * FROM readings ORDER BY device DESC")
 
     expected = [

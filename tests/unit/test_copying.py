@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-import threading
 
 import pytest
 
-from mqtt_bridge.copying import EPOCH_US, HEADER, PACKERS, TRAILER, ReadingsEncoder, encoder
+from mqtt_bridge.copying import HEADER, PACKERS, TRAILER, encode_readings, encoder
+from mqtt_bridge.readings import EPOCH_US, Readings
 
 NULL = bytes.fromhex("ffffffff")
 READINGS_TYPES = ("timestamptz", "text", "text", "float8", "text")
@@ -45,11 +45,11 @@ def test_every_packer_is_covered_here():
 
 def test_no_rows_are_a_header_and_a_trailer():
     assert encoder(["text"])([]) == b"PGCOPY\n\xff\r\n\x00" + bytes(8) + b"\xff\xff"
-    assert ReadingsEncoder()([]) == HEADER + TRAILER
+    assert encode_readings([]) == HEADER + TRAILER
 
 
 def test_a_row_is_the_number_of_its_fields_and_then_each_of_them():
-    data = encoder(["text", "int2"])([("a", 1), (None, None)])
+    data = encoder(["text", "int2"])([[("a", 1)], [(None, None)]])
 
     first = b"\x00\x02" + b"\x00\x00\x00\x01a" + b"\x00\x00\x00\x02\x00\x01"
     second = b"\x00\x02" + NULL + NULL
@@ -59,7 +59,7 @@ def test_a_row_is_the_number_of_its_fields_and_then_each_of_them():
 @pytest.mark.parametrize("row", [("a",), ("a", 1, 2)])
 def test_a_row_of_another_length_is_refused(row):
     with pytest.raises(ValueError):
-        encoder(["text", "int2"])([row])
+        encoder(["text", "int2"])([[row]])
 
 
 def test_a_type_that_nobody_can_pack_is_refused_when_the_encoder_is_made():
@@ -74,42 +74,9 @@ def test_a_type_that_nobody_can_pack_is_refused_when_the_encoder_is_made():
 def test_the_encoder_for_readings_writes_the_same_bytes_as_the_general_one(value, value_text):
     rows = [(EPOCH_US + 5, "d", "m", value, value_text), (0, "é", "", value, value_text)]
 
-    assert ReadingsEncoder()(rows) == encoder(READINGS_TYPES)(rows)
-
-
-def test_a_remembered_device_and_metric_are_written_as_they_were_the_first_time():
-    encode = ReadingsEncoder()
-    rows = [(EPOCH_US, "a", "bc", 1.0, None), (EPOCH_US, "ab", "c", 2.0, None)]
-
-    assert encode(rows) == encode(rows) == encoder(READINGS_TYPES)(rows)
-
-
-def test_the_memory_for_devices_and_metrics_is_bounded(monkeypatch):
-    monkeypatch.setattr(ReadingsEncoder, "CACHED", 10)
-    encode = ReadingsEncoder()
-    rows = [(EPOCH_US, f"device {number}", "m", 1.0, None) for number in range(95)]
-
-    assert encode(rows) == encoder(READINGS_TYPES)(rows)
-    assert len(encode._middles) <= 10
-
-
-def test_threads_may_share_an_encoder_while_its_memory_starts_anew(monkeypatch):
-    monkeypatch.setattr(ReadingsEncoder, "CACHED", 3)
-    encode = ReadingsEncoder()
-    batches = [[(EPOCH_US, f"device {number * 7 % 11}", f"m{thread}", 1.0, None) for number in range(500)]
-               for thread in range(4)]  # fmt: skip
-    results = [None] * len(batches)
-
-    def work(index):
-        results[index] = encode(batches[index])
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert results == [encoder(READINGS_TYPES)(rows) for rows in batches]
+    expected = encoder(READINGS_TYPES)([rows])
+    assert encode_readings([rows]) == encode_readings([rows[:1], rows[1:]]) == expected
+    assert encode_readings([Readings.of(rows[:1]), Readings.of(rows[1:])]) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,4 +93,4 @@ def test_threads_may_share_an_encoder_while_its_memory_starts_anew(monkeypatch):
 )
 def test_what_cannot_be_encoded_raises_what_the_sink_takes_for_a_row_at_fault(row):
     with pytest.raises((ValueError, TypeError, OverflowError, struct.error)):
-        ReadingsEncoder()([row])
+        encode_readings([[row]])

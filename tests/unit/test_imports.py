@@ -41,6 +41,7 @@ TABLE = [
         "last_resort",
         "breaker",
         "dead_letter_share",
+        "readings",
         "model",
         "errors",
     ],

@@ -14,7 +14,7 @@ TIME_US = 1_700_000_000_000_000
 
 def flatten(document, *, max_values=10_000, max_depth=64, repairs=None):
     """`(metric, value, value_text)` of every row."""
-    shape = Narrow("d1", "scalar", max_values, max_depth)
+    shape = Narrow("d1", "scalar", max_values=max_values, max_depth=max_depth, names={})
     rows = shape.rows(document, TIME_US, [] if repairs is None else repairs)
     assert all(row[:2] == (TIME_US, "d1") for row in rows)
     return [row[2:] for row in rows]
