@@ -13,6 +13,7 @@ Threads: `run` belongs to the main thread. `request_stop` may be called by any.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -49,10 +50,22 @@ log = structlog.get_logger(__name__)
 
 EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_FENCED = 0, 1, 2, 3
 
+COLLECT_EVERY = 50_000
+"""Objects made and not yet gone, after which the garbage collector has a look; Python's own 700 are for small programs."""
 SPOOL_AGAIN_S = 1.0
 """A spool that another process uses is asked for again after this time."""
 LEAVE_S = 5.0
 """Time kept back from the drain for having the acknowledgements proven, at most."""
+
+
+def _relieve_the_collector() -> None:
+    """Have the garbage collector look less often: at full load it takes a sixth of the CPU, and finds next to nothing.
+
+    Messages and their rows are no cycles. What is made once, up to here, it need not look at again at all.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY)
 
 
 def make_router(settings: Settings) -> Router:
@@ -268,6 +281,7 @@ class Bridge:
             owner_epoch=claim.owner_epoch,
             unproven_batches=len(claim.entries),
         )
+        _relieve_the_collector()
         self._pipeline.start()
         self._drainer.start()
         self._subscriber.start()

@@ -42,7 +42,7 @@ def take(document: dict[str, Any], received_us: int, repairs: list[Repair]) -> i
     """
     unusable = False
     for key in KEYS:
-        if key in document and (value := document[key]) is not None:
+        if (value := document.get(key)) is not None:
             time_us = parse(value)
             if time_us is not None and EARLIEST_US <= time_us <= received_us + MAX_AHEAD_US:
                 del document[key]

@@ -50,52 +50,43 @@ class Narrow:
 
     def rows(self, document: Any, time_us: int, repairs: list[Repair]) -> Readings:
         """The rows of a document; MessageError when it has too many values, too many levels or too long a name."""
-        parts: list[bytes] = []
-        head = readings.head(time_us, self._device)
+        rows: list[bytes] = []
         kind = type(document)
         if kind is dict or kind is list:
-            self._add_all(document, "", 1, parts, head, repairs)
+            self._add_all(document, "", 1, rows, repairs)
         else:
-            self._add_items(((self._metric, document),), "", 1, parts, head, repairs)
-        return Readings(len(parts) // 3, b"".join(parts))
+            self._add_items(((self._metric, document),), "", 1, rows, repairs)
+        head = readings.head(time_us, self._device)
+        return Readings(len(rows), head + head.join(rows) if rows else b"")
 
-    def _add_all(
-        self, node: Any, prefix: str, depth: int, parts: list[bytes], head: bytes, repairs: list[Repair]
-    ) -> None:
+    def _add_all(self, node: Any, prefix: str, depth: int, rows: list[bytes], repairs: list[Repair]) -> None:
         # Both checks: the first keeps a long list from filling the memory, the second counts across the message.
         if len(node) > self._max_values:
             raise self._too_many_values()
         if depth > self._max_depth:
             raise MessageError(f"The payload has more than {self._max_depth:,} levels.")
         items = node.items() if type(node) is dict else zip(map(str, range(len(node))), node, strict=True)
-        self._add_items(items, prefix, depth, parts, head, repairs)
-        if len(parts) > 3 * self._max_values:
+        self._add_items(items, prefix, depth, rows, repairs)
+        if len(rows) > self._max_values:
             raise self._too_many_values()
 
     def _add_items(
-        self,
-        items: Iterable[tuple[str, Any]],
-        prefix: str,
-        depth: int,
-        parts: list[bytes],
-        head: bytes,
-        repairs: list[Repair],
+        self, items: Iterable[tuple[str, Any]], prefix: str, depth: int, rows: list[bytes], repairs: list[Repair]
     ) -> None:
-        """The hot loop: one turn a value, three pieces a row, and for the common kinds nothing made but the last."""
-        known, number, add = self._names.get, readings.number, parts.append
+        """The hot loop: one turn a value, which makes what tells its row from others: its metric and its value."""
+        known, number = self._names.get, readings.number
         for key, value in items:
             kind = type(value)
-            if kind is dict or kind is list:
-                self._add_all(value, prefix + key + ".", depth + 1, parts, head, repairs)
-                continue
             if (kind is float or kind is int) and -_EXACT <= value <= _EXACT:
-                ending = number(8, value, -1)
-            elif value is None or (ending := _ending(value, repairs)) is None:  # type: ignore[assignment]
+                ending: bytes | None = number(8, value, -1)
+            elif kind is dict or kind is list:
+                self._add_all(value, f"{prefix}{key}.", depth + 1, rows, repairs)
                 continue
-            metric = prefix + key if prefix else key
-            add(head)
-            add(known(metric) or self._name(metric, repairs))
-            add(ending)
+            else:
+                ending = _ending(value, repairs)
+            if ending is not None:
+                metric = prefix + key if prefix else key
+                rows.append((known(metric) or self._name(metric, repairs)) + ending)
 
     def _name(self, metric: str, repairs: list[Repair]) -> bytes:
         """A metric as a field; one that needs no repair is remembered."""
@@ -127,6 +118,8 @@ def is_short_name(name: str) -> bool:
 def _ending(value: Any, repairs: list[Repair]) -> bytes | None:
     """The value as the last two fields of a row; None where it is not stored."""
     kind = type(value)
+    if value is None:
+        return None
     if kind is str:
         return readings.ending(None, value if "\0" not in value else without_nul(value, repairs))
     if kind is bool:
