@@ -51,7 +51,7 @@ log = structlog.get_logger(__name__)
 EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_FENCED = 0, 1, 2, 3
 
 COLLECT_EVERY = 50_000
-"""Objects made and not yet gone, after which the garbage collector has a look; Python's own 700 are for small programs."""
+"""Objects made and not yet gone, after which the garbage collector has a look. Python's own 700 suit small programs."""
 SPOOL_AGAIN_S = 1.0
 """A spool that another process uses is asked for again after this time."""
 LEAVE_S = 5.0

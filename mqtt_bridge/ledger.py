@@ -28,11 +28,12 @@ Threads: `Ledger` has no lock of its own. The pipeline calls it under its lock, 
 from __future__ import annotations
 
 import enum
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import takewhile
+from itertools import groupby, repeat, takewhile
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import structlog
@@ -107,6 +108,11 @@ class Entry(NamedTuple):
     raises_session: bool = False
     """Whether the transaction must also write the session epoch into `owners`: no earlier one has been seen to."""
 
+    def mark(self, position: int) -> bytes:
+        """The fingerprint at a position."""
+        start = 8 * (position - self.first_position)
+        return self.fingerprints[start : start + 8]
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -128,6 +134,7 @@ def fingerprint(topic: bytes, payload: bytes, *, retain: bool) -> bytes:
 
 
 _GAP = bytes(8)
+_POSITION, _FINGERPRINT = map(itemgetter, map(Message._fields.index, ("position", "fingerprint")))
 
 
 class Ledger:
@@ -146,7 +153,7 @@ class Ledger:
         self._highest = 0  # highest position ever given
         self._swept = 0  # the same when what is out of reach was last forgotten
         self._pending: dict[int, bytes] = {}
-        self._committed: dict[int, tuple[bytes, BatchKey]] = {}
+        self._committed: dict[int, Entry] = {}
         self._here: dict[int, bytes] = {}  # what was delivered on the current connection and is not proven
         self._first_here = True  # nothing has been delivered on the current connection yet
         self._unproven: dict[BatchKey, int] = {}  # entries per ledger row that may still be redelivered
@@ -172,12 +179,10 @@ class Ledger:
         self._forget_out_of_reach()
 
     def _remember(self, entry: Entry) -> None:
-        self._unproven[entry.key] = 0
-        for index in range(len(entry.fingerprints) // 8):
-            mark = entry.fingerprints[index * 8 : index * 8 + 8]
-            if mark != _GAP:
-                self._commit(entry.first_position + index, mark, entry.key)
-        self._reach(entry.first_position + len(entry.fingerprints) // 8 - 1)
+        first = entry.first_position
+        stop = first + len(entry.fingerprints) // 8
+        self._commit(entry, [position for position in range(first, stop) if entry.mark(position) != _GAP])
+        self._reach(stop - 1)
 
     def connected(self, *, session_present: bool) -> None:
         """A connection begins. Without its session the broker counts anew: nothing older may match."""
@@ -235,14 +240,14 @@ class Ledger:
         None where that is not so, and nothing is changed then: `place` them one by one. This is the same for nearly
         everything that ever comes, at the speed of C.
         """
-        first_id, count = packet_ids[0], len(packet_ids)
+        first_id = packet_ids[0]
         distance = first_id if self._last_id is None else (first_id - self._last_id) % LAP
-        if (self._last_id is not None and distance > LAP // 2) or packet_ids != list(range(first_id, first_id + count)):
+        if (self._last_id is not None and distance > LAP // 2) or not _are_gapless(packet_ids):
             return None
         first = self._last_position + distance if self._matching else self._highest + 1
         if first <= self._highest:
             return None
-        positions = range(first, first + count)
+        positions = range(first, first + len(packet_ids))
         self._here.update(zip(positions, marks, strict=True))
         self._pending.update(zip(positions, marks, strict=True))
         self._first_here = False
@@ -271,9 +276,8 @@ class Ledger:
         if self._here.get(position) == mark:
             # Acknowledged on this connection. Without DUP it is no resend, but a freed packet id that is used again.
             return Seen.RESENT if dup else Seen.NEW
-        if position in self._committed and self._committed[position][0] == mark:
-            return Seen.COMMITTED
-        return Seen.NEW
+        committed = self._committed.get(position)
+        return Seen.COMMITTED if committed is not None and committed.mark(position) == mark else Seen.NEW
 
     def _arrive(self, position: int, packet_id: int, mark: bytes) -> None:
         self._here[position] = mark
@@ -310,6 +314,10 @@ class Ledger:
 
     def _fingerprints(self, messages: Sequence[Message]) -> tuple[int, bytes]:
         # Deliveries of an earlier session are left out: the broker has forgotten them, they cannot come again.
+        positions = list(map(_POSITION, messages))
+        if self._matching and min(positions, default=0) >= self._session_start and _are_gapless(positions):
+            self._noted = max(self._noted, positions[-1])
+            return positions[0], b"".join(map(_FINGERPRINT, messages))
         marks = {m.position: m.fingerprint for m in messages if m.position >= self._session_start}
         if not marks or not self._matching:
             return 0, b""
@@ -338,24 +346,24 @@ class Ledger:
             self._prunable.append(entry.key)
 
     def _settle(self, entry: Entry, messages: Sequence[Message]) -> None:
-        pop, key = self._pending.pop, entry.key
-        marks = [(message.position, pop(message.position, None)) for message in messages]
-        self._unproven[key] = 0
-        if entry.fingerprints and entry.session_epoch == self._session_epoch:
-            committed = {position: (mark, key) for position, mark in marks if mark is not None}
-            self._committed.update(committed)
-            self._unproven[key] = len(committed)
-        if not self._unproven[key]:
-            self._release_row(key)
+        positions = list(map(_POSITION, messages))
+        marks = list(map(self._pending.pop, positions, repeat(None)))
+        if not entry.fingerprints or entry.session_epoch != self._session_epoch:
+            positions = []
+        elif None in marks:  # of an earlier session, or of QoS 0
+            positions = [position for position, mark in zip(positions, marks, strict=True) if mark is not None]
+        self._commit(entry, positions)
+        if not positions:
+            self._release_row(entry.key)
 
     @property
     def lags(self) -> bool:
         """Whether positions have moved on so far that the database should be told, though nothing is to be stored."""
         return self._matching and self._highest - self._noted > REACH // 3
 
-    def _commit(self, position: int, mark: bytes, key: BatchKey) -> None:
-        self._committed[position] = (mark, key)
-        self._unproven[key] += 1
+    def _commit(self, entry: Entry, positions: Sequence[int]) -> None:
+        self._committed.update(dict.fromkeys(positions, entry))
+        self._unproven[entry.key] = len(positions)
 
     @property
     def session_to_raise(self) -> int | None:
@@ -376,16 +384,15 @@ class Ledger:
 
     def prove(self, positions: Iterable[int]) -> None:
         """The broker has seen the PUBACKs of these: they cannot come again."""
-        forget_here, forget = self._here.pop, self._committed.pop
-        keys: Counter[BatchKey] = Counter()
-        for position in positions:
-            forget_here(position, None)
-            if known := forget(position, None):
-                keys[known[1]] += 1
-        for key, count in keys.items():
-            self._unproven[key] -= count
-            if not self._unproven[key]:
-                self._release_row(key)
+        positions = list(positions)
+        for _ in map(self._here.pop, positions, repeat(None)):
+            pass
+        # Neighbours were mostly committed by the same batch.
+        for entry, proven in groupby(map(self._committed.pop, positions, repeat(None))):
+            if entry is not None:
+                self._unproven[entry.key] -= len(list(proven))
+                if not self._unproven[entry.key]:
+                    self._release_row(entry.key)
 
     def take_prunable(self) -> tuple[BatchKey, ...]:
         """Some ledger rows that no redelivery and no retry needs any more; the caller deletes or gives them back."""
@@ -411,6 +418,10 @@ class Ledger:
         self.prove(_oldest(self._committed, floor))
         for position in _oldest(self._here, floor):
             del self._here[position]
+
+
+def _are_gapless(numbers: Sequence[int]) -> bool:
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 def _oldest(positions: Iterable[int], floor: int) -> list[int]:

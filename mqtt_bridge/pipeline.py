@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 import structlog
@@ -61,6 +62,18 @@ class Limits:
     batch_wait_s: float = 0.005
     queue_size: int = 20_000
     queue_bytes: int = 64 << 20
+
+
+_TOPIC, _PAYLOAD, _QOS, _RECEIVED_US, _POSITION = map(
+    itemgetter, map(Message._fields.index, ("topic", "payload", "qos", "received_us", "position"))
+)
+
+
+def _cost(messages: Sequence[Message]) -> tuple[int, int]:
+    """How many they are, and the memory they take."""
+    count = len(messages)
+    payloads, topics = sum(map(len, map(_PAYLOAD, messages))), sum(map(len, map(_TOPIC, messages)))
+    return count, topics + payloads + count * MESSAGE_OVERHEAD
 
 
 class Pipeline:
@@ -262,12 +275,13 @@ class Pipeline:
 
     def _hold(self, messages: Sequence[Message], sign: int) -> None:
         """Count messages in (1) or out (-1) of what is held."""
-        costs = [len(message.topic) + len(message.payload) + MESSAGE_OVERHEAD for message in messages]
-        owed = [cost for cost, message in zip(costs, messages, strict=True) if message.qos]
-        self._held += sign * len(costs)
-        self._held_bytes += sign * sum(costs)
-        self._owed += sign * len(owed)
-        self._owed_bytes += sign * sum(owed)
+        count, size_bytes = _cost(messages)
+        self._held += sign * count
+        self._held_bytes += sign * size_bytes
+        if not all(map(_QOS, messages)):
+            count, size_bytes = _cost(list(filter(_QOS, messages)))
+        self._owed += sign * count
+        self._owed_bytes += sign * size_bytes
 
     @property
     def full(self) -> bool:
@@ -351,7 +365,7 @@ class Pipeline:
     def _settle(self, work: Work, entry: Entry | None, stored: Stored | None) -> None:
         """The one place where messages leave the bridge's memory: tell the ledger, acknowledge, count."""
         messages = work.messages
-        positions = [message.position for message in messages if message.qos]
+        positions = list(filter(None, map(_POSITION, messages)))  # those of QoS 0 have none
         with self._lock:
             # Before the PUBACKs: a redelivery that crosses them must find its commit here.
             if entry is None:
@@ -399,7 +413,7 @@ class Pipeline:
         self._warn_of_many(len(work.messages), len(letters))
         self._account.book_tally(work.tally)
         self._account.book_rows(stored.rows)
-        self._account.book_latencies([message.received_us for message in work.messages], self._clock_us())
+        self._account.book_latencies(list(map(_RECEIVED_US, work.messages)), self._clock_us())
 
     def _tell(self, letter: DeadLetter) -> None:
         """Log the first dead letter of each kind in a minute: the table has them all."""
