@@ -16,8 +16,9 @@ from __future__ import annotations
 import functools
 import ssl
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import paho.mqtt.client as mqtt
 import structlog
@@ -31,6 +32,7 @@ from mqtt_bridge.acks import AckTracker, SendAcks
 from mqtt_bridge.broker_limits import DropWatch, shortfalls
 from mqtt_bridge.errors import Problem, SettingsError, explain_refusal
 from mqtt_bridge.fast_client import FastClient, why_unfit
+from mqtt_bridge.ledger import REACH
 from mqtt_bridge.model import Run
 from mqtt_bridge.publish_packet import MalformedPublish
 from mqtt_bridge.retained import Retained
@@ -42,7 +44,9 @@ log = structlog.get_logger(__name__)
 BARRIER = "mqtt-bridge/barrier"
 """A filter that nobody uses: unsubscribing from it changes nothing, and is answered."""
 BARRIER_EVERY_S = 1.0
-BARRIER_EVERY_ACKS = 8_192
+BARRIER_EVERY_ACKS = 2_048
+"""Without waiting for the last answer, which is queued behind as much as the broker has sent: what is unproven grows by
+no more than that, and this."""
 SESSION_WAIT_S = 5.0
 """How long SUBSCRIBE waits for the database to learn that the session was lost."""
 SESSION_TAKEN_OVER = 0x8E
@@ -69,6 +73,16 @@ class Inbox(Protocol):
     @property
     def session_to_raise(self) -> int | None:
         """A lost session that the database does not know of yet."""
+
+
+class _Barrier(NamedTuple):
+    """An UNSUBSCRIBE under way."""
+
+    packet_id: int
+    mark: int
+    """Of the acknowledgements that were sent before it."""
+    probes: bool
+    """Whether its answer tells if replays of retained messages are over."""
 
 
 class BrokerConnection:
@@ -123,9 +137,11 @@ class BrokerConnection:
         self._subscribe_at_s: float | None = None  # not before this; None when it is done
         self._suback_for: int | None = None
         self._unsuback_for: int | None = None
-        self._barrier: tuple[int, int] | None = None  # packet id of the UNSUBSCRIBE under way, and its mark
+        self._barriers: deque[_Barrier] = deque()  # under way; the broker answers in order
+        self._proven = 0  # mark of the last one that was answered
         self._barrier_s = clock()
         self._takes_in = True
+        self._overrun = False  # the broker has sent more than the ledger could recognise again
         self._broken = False  # the broker has sent what cannot be read
         self.connected = False
         """Whether the broker has accepted the connection, and it has not ended."""
@@ -213,6 +229,11 @@ class BrokerConnection:
         self._takes_in = False
 
     @property
+    def out_of_reach(self) -> bool:
+        """Whether the broker has sent so much without accounting for it that no more may be taken in: end it."""
+        return self._overrun or self._acks.outstanding >= REACH
+
+    @property
     def settled(self) -> bool:
         """Whether the broker is known to have seen every acknowledgement that was sent."""
         return not self._acks.unproven
@@ -267,8 +288,13 @@ class BrokerConnection:
 
     def _on_run(self, run: Run) -> None:
         for part in self._drops.sift(run):
-            if self._takes_in or not part.qos:
+            if part.qos == 0:
                 self._inbox.receive(part)
+            elif self._takes_in and not self._overrun:
+                # What would be out of the ledger's reach is left to the broker, and all that comes after it.
+                self._overrun = self._acks.outstanding + len(part.topics) > REACH
+                if not self._overrun:
+                    self._inbox.receive(part)
 
     def _on_malformed(self, error: MalformedPublish) -> None:
         self.problem = f"the broker sent {error}; disconnected."
@@ -338,25 +364,29 @@ class BrokerConnection:
 
         And that all that the broker had sent by then was received: so it also tells whether replays are over.
         """
-        unproven = self._acks.unproven
-        if self._barrier or not (unproven or (self._takes_in and self._retained.due)):
-            return
-        if unproven < BARRIER_EVERY_ACKS and self._takes_in and self._clock() - self._barrier_s < BARRIER_EVERY_S:
-            return
         mark = self._acks.mark()
+        unmarked = mark - (self._barriers[-1].mark if self._barriers else self._proven)
+        if unmarked < BARRIER_EVERY_ACKS:
+            if self._barriers or not (unmarked or (self._takes_in and self._retained.due)):
+                return
+            if self._takes_in and self._clock() - self._barrier_s < BARRIER_EVERY_S:
+                return
         _, packet_id = self._client.unsubscribe(BARRIER)
         if packet_id is not None:
-            self._barrier = (packet_id, mark)
-            self._retained.probe()
+            probes = not any(barrier.probes for barrier in self._barriers)
+            self._barriers.append(_Barrier(packet_id, mark, probes))
+            if probes:
+                self._retained.probe()
 
     def _on_unsubscribe(self, _c: object, _u: object, packet_id: int, reasons: list[ReasonCode], _p: Any) -> None:
         if packet_id == self._unsuback_for:
             self._note_unsubscribed(reasons)
-        if self._barrier and self._barrier[0] == packet_id:
-            self._inbox.prove(self._acks.prove(self._barrier[1]))
-            if self._takes_in:  # else there may be more at the broker than was counted here
+        if self._barriers and self._barriers[0].packet_id == packet_id:
+            barrier = self._barriers.popleft()
+            self._inbox.prove(self._acks.prove(barrier.mark))
+            if barrier.probes and self._takes_in:  # else there may be more at the broker than was counted here
                 self._retained.probed(self._acks.outstanding)
-            self._barrier = None
+            self._proven = barrier.mark
             self._barrier_s = self._clock()
 
 

@@ -30,7 +30,6 @@ from mqtt_bridge.broker_connection import Inbox as ConnectionInbox
 from mqtt_bridge.broker_limits import DropWatch
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.errors import SettingsError, explain_hangup, explain_unreachable
-from mqtt_bridge.ledger import REACH
 from mqtt_bridge.retained import Retained
 from mqtt_bridge.settings import Settings
 
@@ -295,7 +294,7 @@ class Subscriber:
                 return True
             if self._inbox.full and not self._wait_for_room(connection):
                 return True
-            if self._acks.outstanding >= REACH:
+            if connection.out_of_reach:
                 # Its answer to the barrier is queued behind a backlog larger than it was allowed to send.
                 log.info("reconnecting, to have the broker account for its backlog", unproven=self._acks.unproven)
                 return True

@@ -660,7 +660,7 @@ def test_an_error_of_the_bridge_itself_costs_the_connection_and_not_the_thread(s
 def test_connections_that_it_ends_itself_do_not_make_it_hesitate(scripted, start_rig, monkeypatch):
     """A backlog is taken in by many short connections, where the broker sends more than it was allowed to."""
     monkeypatch.setattr("mqtt_bridge.subscriber.FIRST_DELAY_S", 0.02)
-    monkeypatch.setattr("mqtt_bridge.subscriber.REACH", 3)
+    monkeypatch.setattr("mqtt_bridge.broker_connection.REACH", 3)
     rig = start_rig(scripted.port)
     rig.wait_until_subscribed()
     scripted.answer = Answer(session_present=True)
