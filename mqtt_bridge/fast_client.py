@@ -101,9 +101,7 @@ class FastClient(mqtt.Client):
             return rc
         except MalformedPublish as error:
             self._on_malformed(error)
-        except OverflowError:
-            self._on_malformed(MalformedPublish("a packet whose length does not end"))
-        return MQTTErrorCode.MQTT_ERR_PROTOCOL
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
 
     def _begin(self, data: bytes, start: int) -> None:
         self._begun += data[start:]

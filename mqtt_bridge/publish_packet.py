@@ -30,8 +30,8 @@ class PublishReader:
     def read_run(self, data: bytes, start: int) -> tuple[Run | None, int]:
         """The packets that begin at `start`, are complete and have the same flags; and where the next one begins.
 
-        None where not even the first is complete. Raises MalformedPublish when the first is malformed (those before it
-        were returned by then, and count), OverflowError when its length does not end.
+        None where not even the first is complete. Raises MalformedPublish when the first is malformed: those before it
+        were returned by then, and count.
         """
         flags = data[start]
         qos = flags >> 1 & 3
@@ -103,16 +103,18 @@ class PublishReader:
 def extent(data: bytes, start: int) -> tuple[int, int] | None:
     """Where the body of the packet at `start` begins and ends, be that beyond `data`; None where that is still to come.
 
-    OverflowError when its length does not end.
+    MalformedPublish when its length does not end.
     """
     try:
         length, body = variable_length(data, start + 1)
     except IndexError:
         return None
+    except OverflowError as error:
+        raise MalformedPublish("a packet whose length does not end") from error
     return body, body + length
 
 
 def is_complete(data: bytes, start: int) -> bool:
-    """Whether the packet at `start` is there to its end. OverflowError as `extent`."""
+    """Whether the packet at `start` is there to its end. MalformedPublish as `extent`."""
     found = extent(data, start)
     return found is not None and found[1] <= len(data)

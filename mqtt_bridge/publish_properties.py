@@ -42,7 +42,7 @@ def _decode(content: bytes) -> Properties:
                 found.setdefault(name, []).append(value)
             else:
                 found[name] = value
-    except (KeyError, IndexError, UnicodeDecodeError):
+    except (KeyError, IndexError, OverflowError, UnicodeDecodeError):
         return {"undecodable": content.hex()}
     return found or None
 
