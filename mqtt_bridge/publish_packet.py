@@ -25,7 +25,7 @@ class PublishReader:
 
     def __init__(self, *, is_v5: bool) -> None:
         self._is_v5 = is_v5
-        self._aliases: dict[int, bytes] = {}
+        self._aliases = TopicAliases()
 
     def read_run(self, data: bytes, start: int) -> tuple[Run | None, int]:
         """The packets that begin at `start`, are complete and have the same flags; and where the next one begins.
@@ -84,20 +84,28 @@ class PublishReader:
         stop = start + length
         if stop > end:
             raise IndexError
-        found = publish_properties.decode(data[start:stop])
-        if found and TOPIC_ALIAS in found:
-            topic = self._resolve(found[TOPIC_ALIAS], topic)
-            found = {name: value for name, value in found.items() if name != TOPIC_ALIAS} or None
+        topic, found = self._aliases.resolve(topic, publish_properties.decode(data[start:stop]))
         return found, topic, stop
 
-    def _resolve(self, alias: int, topic: bytes) -> bytes:
-        """MQTT 5, section 3.3.2.3.4. The bridge allows no aliases; a broker that sends them all the same is understood.
 
-        Empty where the alias is unknown: that is malformed.
-        """
+class TopicAliases:
+    """Numbers that stand for topics on one connection (MQTT 5, section 3.3.2.3.4).
+
+    The bridge allows none; a broker that sends them all the same is understood.
+    """
+
+    def __init__(self) -> None:
+        self._topics: dict[int, bytes] = {}
+
+    def resolve(self, topic: bytes, properties: Properties) -> tuple[bytes, Properties]:
+        """The topic that is meant, empty where the alias is unknown; and the properties without the alias."""
+        if properties is None or TOPIC_ALIAS not in properties:
+            return topic, properties
+        alias = properties[TOPIC_ALIAS]
         if topic:
-            self._aliases[alias] = topic
-        return self._aliases.get(alias, b"")
+            self._topics[alias] = topic
+        rest = {name: value for name, value in properties.items() if name != TOPIC_ALIAS}
+        return self._topics.get(alias, b""), rest or None
 
 
 def extent(data: bytes, start: int) -> tuple[int, int] | None:
