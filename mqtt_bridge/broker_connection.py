@@ -266,6 +266,9 @@ class BrokerConnection:
         self._ended()
 
     def _on_run(self, run: Run) -> None:
+        if not self.connected:  # nobody knows yet of which session it is
+            self._on_malformed(MalformedPublish("a message before it accepted the connection"))
+            return
         for part in self._drops.sift(run):
             if self._takes_in or not part.qos:
                 self._inbox.receive(part)
@@ -405,8 +408,25 @@ def prepare_client(client: mqtt.Client, settings: Settings) -> None:
         client.username_pw_set(username, password)
     if settings.mqtt_transport == "websockets":
         client.ws_set_options(path=settings.mqtt_ws_path)
+        client.on_socket_open = _have_frames_sent_whole
     if settings.mqtt_tls:
         client.tls_set_context(tls_context(settings))
+
+
+def _have_frames_sent_whole(_client: object, _userdata: object, websocket: Any) -> None:
+    """Have a websocket say that it would block, where it could send a frame only in part.
+
+    It says that 0 bytes were sent, and paho then forgets the packet, and the one that it tries next: PUBACKs that were
+    never sent would be proven by the next barrier. Tried again, the rest of the frame is sent.
+    """
+    send = websocket.send
+
+    def send_whole(data: bytes) -> int:
+        if not (sent := send(data)):
+            raise BlockingIOError
+        return int(sent)
+
+    websocket.send = send_whole
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
