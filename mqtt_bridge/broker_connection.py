@@ -119,6 +119,8 @@ class BrokerConnection:
         self._client = self._make_client()
         self.taken_over = False
         """Whether the broker said that another client with the same id has come."""
+        self.garbled = False
+        """Whether the broker has sent what cannot be read: that ends a connection, and is no sign of another client."""
         self._connected_s: float | None = None
         self._subscribe_at_s: float | None = None  # not before this; None when it is done
         self._suback_for: int | None = None
@@ -126,7 +128,6 @@ class BrokerConnection:
         self._barrier: tuple[int, int] | None = None  # packet id of the UNSUBSCRIBE under way, and its mark
         self._barrier_s = clock()
         self._takes_in = True
-        self._broken = False  # the broker has sent what cannot be read
         self.connected = False
         """Whether the broker has accepted the connection, and it has not ended."""
         self.subscribed = False
@@ -182,7 +183,10 @@ class BrokerConnection:
 
     def step(self, timeout_s: float) -> bool:
         """Read and write what is there, waiting `timeout_s` for it; False when the connection has ended."""
-        if self._client.loop(timeout_s) != MQTTErrorCode.MQTT_ERR_SUCCESS or self._broken:
+        rc = self._client.loop(timeout_s)
+        if rc == MQTTErrorCode.MQTT_ERR_PROTOCOL and self._connected_s is not None and self.problem is None:
+            self._on_malformed(MalformedPublish("a packet that paho-mqtt does not accept"))
+        if rc != MQTTErrorCode.MQTT_ERR_SUCCESS or self.garbled:
             return False
         return self._tend()
 
@@ -275,7 +279,7 @@ class BrokerConnection:
 
     def _on_malformed(self, error: MalformedPublish) -> None:
         self.problem = f"the broker sent {error}; disconnected."
-        self._broken = True
+        self.garbled = True
 
     # -- subscribing
 
@@ -422,9 +426,10 @@ def _have_frames_sent_whole(_client: object, _userdata: object, websocket: Any) 
     send = websocket.send
 
     def send_whole(data: bytes) -> int:
-        if not (sent := send(data)):
+        sent = int(send(data))
+        if data and not sent:
             raise BlockingIOError
-        return int(sent)
+        return sent
 
     websocket.send = send_whole
 

@@ -254,7 +254,7 @@ class Subscriber:
 
     def _note_cut(self, connection: BrokerConnection) -> None:
         """The broker, or the network, has ended a connection: was it another client with our id?"""
-        if connection.age_s is not None:
+        if connection.age_s is not None and not connection.garbled:
             self._short_lived = self._short_lived + 1 if connection.age_s < STEADY_S else 0
         if connection.taken_over:
             self._short_lived = CONTESTED_CUTS

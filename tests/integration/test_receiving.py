@@ -236,6 +236,18 @@ def test_acknowledgements_wait_for_a_line_that_takes_no_more(make_line, receive,
     assert line.broker.record.pubacks == ids
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_to_acknowledge_is_no_trouble(make_line, way):
+    line = make_line("fast", "5", way)
+
+    line.connection.acknowledge([])
+    line.connection.acknowledge([7])
+    line.step_until(lambda: line.broker.record.pubacks, "the acknowledgement after it")
+
+    assert line.broker.record.pubacks == [7]
+    assert not line.connection._client.want_write()
+
+
 @pytest.mark.parametrize("receive", ["fast", "stock"])
 def test_a_message_before_the_connection_is_accepted_is_not_taken_in(receive):
     """It could belong to any session."""

@@ -663,6 +663,31 @@ def test_an_error_of_the_bridge_itself_costs_the_connection_and_not_the_thread(s
     assert rig.store.payloads == [b"1"]
 
 
+SICK = {
+    "a malformed message": b"\x32\x05\x00\x00\x00\x01\x00",
+    "a packet of no kind": b"\x00\x00",
+    "a packet of another kind that cannot be read": b"\xb0\x06\x00\x01\x02\x7e\x00\x11",
+}
+
+
+@pytest.mark.parametrize("packet", SICK)
+def test_a_broker_that_sends_what_cannot_be_read_again_and_again_is_not_taken_for_another_client(
+    scripted, start_rig, monkeypatch, packet
+):
+    monkeypatch.setattr("mqtt_bridge.subscriber.FIRST_DELAY_S", 0.02)
+    rig = start_rig(scripted.port)
+
+    for number in range(1, CONTESTED_CUTS + 1):
+        scripted.wait_for_subscribe(number)
+        scripted.send_raw(SICK[packet])
+        wait_until(lambda number=number: rig.subscriber._connects >= number, what="it to notice")
+        wait_until(lambda: not rig.subscriber.state.connected, what="the end of the connection")
+    scripted.wait_for_subscribe(CONTESTED_CUTS + 1)
+    rig.wait_until_subscribed()
+
+    assert rig.subscriber._short_lived == 0
+
+
 def test_connections_that_it_ends_itself_do_not_make_it_hesitate(scripted, start_rig, monkeypatch):
     """A backlog is taken in by many short connections, where the broker sends more than it was allowed to."""
     monkeypatch.setattr("mqtt_bridge.subscriber.FIRST_DELAY_S", 0.02)
