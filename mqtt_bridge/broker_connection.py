@@ -47,6 +47,7 @@ BARRIER_EVERY_S = 1.0
 BARRIER_EVERY_ACKS = 2_048
 """Without waiting for the last answer, which is queued behind as much as the broker has sent: what is unproven grows by
 no more than that, and this."""
+PART_STEP_S = 0.25
 SESSION_WAIT_S = 5.0
 """How long SUBSCRIBE waits for the database to learn that the session was lost."""
 SESSION_TAKEN_OVER = 0x8E
@@ -133,6 +134,8 @@ class BrokerConnection:
         self._client = self._make_client()
         self.taken_over = False
         """Whether the broker said that another client with the same id has come."""
+        self.garbled = False
+        """Whether the broker has sent what cannot be read: that ends a connection, and is no sign of another client."""
         self._connected_s: float | None = None
         self._subscribe_at_s: float | None = None  # not before this; None when it is done
         self._suback_for: int | None = None
@@ -142,7 +145,7 @@ class BrokerConnection:
         self._barrier_s = clock()
         self._takes_in = True
         self._overrun = False  # the broker has sent more than the ledger could recognise again
-        self._broken = False  # the broker has sent what cannot be read
+        self._parting = False
         self.connected = False
         """Whether the broker has accepted the connection, and it has not ended."""
         self.subscribed = False
@@ -198,7 +201,10 @@ class BrokerConnection:
 
     def step(self, timeout_s: float) -> bool:
         """Read and write what is there, waiting `timeout_s` for it; False when the connection has ended."""
-        if self._client.loop(timeout_s) != MQTTErrorCode.MQTT_ERR_SUCCESS or self._broken:
+        rc = self._client.loop(timeout_s)
+        if rc == MQTTErrorCode.MQTT_ERR_PROTOCOL and self._connected_s is not None and self.problem is None:
+            self._on_malformed(MalformedPublish("a packet that paho-mqtt does not accept"))
+        if rc != MQTTErrorCode.MQTT_ERR_SUCCESS or self.garbled:
             return False
         return self._tend()
 
@@ -237,6 +243,18 @@ class BrokerConnection:
     def settled(self) -> bool:
         """Whether the broker is known to have seen every acknowledgement that was sent."""
         return not self._acks.unproven
+
+    def part(self, timeout_s: float) -> None:
+        """Say goodbye, and wait for the broker to hang up, at most `timeout_s`: it then has read what was sent.
+
+        Cut off with unread data in the socket, it would forget every acknowledgement that it has not read yet. What
+        it goes on sending is not taken in.
+        """
+        self._parting = True
+        self._client.part()
+        deadline_s = self._clock() + timeout_s
+        while self._clock() < deadline_s and self._client.loop(PART_STEP_S) == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            pass
 
     def leave(self) -> None:
         """Send DISCONNECT; the session stays at the broker."""
@@ -283,10 +301,13 @@ class BrokerConnection:
         if self.problem is None and flags.is_disconnect_packet_from_server:
             self.problem = f"the broker ended the connection: {reason}."
             self.taken_over = reason.value == SESSION_TAKEN_OVER
-        self._drops.ended(cut=True)
+        self._drops.ended(cut=not self._parting)
         self._ended()
 
     def _on_run(self, run: Run) -> None:
+        if not self.connected:  # nobody knows yet of which session it is
+            self._on_malformed(MalformedPublish("a message before it accepted the connection"))
+            return
         for part in self._drops.sift(run):
             if part.qos == 0:
                 self._inbox.receive(part)
@@ -298,7 +319,7 @@ class BrokerConnection:
 
     def _on_malformed(self, error: MalformedPublish) -> None:
         self.problem = f"the broker sent {error}; disconnected."
-        self._broken = True
+        self.garbled = True
 
     # -- subscribing
 
@@ -435,8 +456,26 @@ def prepare_client(client: mqtt.Client, settings: Settings) -> None:
         client.username_pw_set(username, password)
     if settings.mqtt_transport == "websockets":
         client.ws_set_options(path=settings.mqtt_ws_path)
+        client.on_socket_open = _have_frames_sent_whole
     if settings.mqtt_tls:
         client.tls_set_context(tls_context(settings))
+
+
+def _have_frames_sent_whole(_client: object, _userdata: object, websocket: Any) -> None:
+    """Have a websocket say that it would block, where it could send a frame only in part.
+
+    It says that 0 bytes were sent, and paho then forgets the packet, and the one that it tries next: PUBACKs that were
+    never sent would be proven by the next barrier. Tried again, the rest of the frame is sent.
+    """
+    send = websocket.send
+
+    def send_whole(data: bytes) -> int:
+        sent = int(send(data))
+        if data and not sent:
+            raise BlockingIOError
+        return sent
+
+    websocket.send = send_whole
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:

@@ -235,7 +235,9 @@ class Ledger:
         return position, Seen.NEW
 
     def place_run(self, packet_ids: Sequence[int], marks: Sequence[bytes]) -> range | None:
-        """The positions of deliveries without DUP that are new beyond doubt: their ids go on from the last, gapless.
+        """The positions of deliveries that are new beyond doubt: their ids go on from the highest ever, gapless.
+
+        With DUP as well: a broker that was cut off sends again what had not reached us.
 
         None where that is not so, and nothing is changed then: `place` them one by one. This is the same for nearly
         everything that ever comes, at the speed of C.

@@ -206,7 +206,7 @@ class Pipeline:
             return
         retain = run.retain
         marks = [fingerprint(t, p, retain=retain) for t, p in zip(run.topics, run.payloads, strict=True)]
-        if retain or run.dup or not self._receive_plain(run, marks, now_us):
+        if retain or not self._receive_plain(run, marks, now_us):
             for index, mark in enumerate(marks):
                 self._receive_one(self._message(run, index, now_us), run.packet_ids[index], mark, dup=run.dup)
 
@@ -301,6 +301,11 @@ class Pipeline:
         """Wait until there is room again; False when that takes longer than `timeout_s`."""
         with self._lock:
             return self._settled.wait_for(lambda: self._stopped or not self.full, timeout_s)
+
+    def wait_until_settled(self, timeout_s: float) -> None:
+        """Wait until something more is settled, at most `timeout_s`."""
+        with self._lock:
+            self._settled.wait(timeout_s)
 
     # -- the workers
 

@@ -25,13 +25,13 @@ class PublishReader:
 
     def __init__(self, *, is_v5: bool) -> None:
         self._is_v5 = is_v5
-        self._aliases: dict[int, bytes] = {}
+        self._aliases = TopicAliases()
 
     def read_run(self, data: bytes, start: int) -> tuple[Run | None, int]:
         """The packets that begin at `start`, are complete and have the same flags; and where the next one begins.
 
-        None where not even the first is complete. Raises MalformedPublish when the first is malformed (those before it
-        were returned by then, and count), OverflowError when its length does not end.
+        None where not even the first is complete. Raises MalformedPublish when the first is malformed: those before it
+        were returned by then, and count.
         """
         flags = data[start]
         qos = flags >> 1 & 3
@@ -84,35 +84,45 @@ class PublishReader:
         stop = start + length
         if stop > end:
             raise IndexError
-        found = publish_properties.decode(data[start:stop])
-        if found and TOPIC_ALIAS in found:
-            topic = self._resolve(found[TOPIC_ALIAS], topic)
-            found = {name: value for name, value in found.items() if name != TOPIC_ALIAS} or None
+        topic, found = self._aliases.resolve(topic, publish_properties.decode(data[start:stop]))
         return found, topic, stop
 
-    def _resolve(self, alias: int, topic: bytes) -> bytes:
-        """MQTT 5, section 3.3.2.3.4. The bridge allows no aliases; a broker that sends them all the same is understood.
 
-        Empty where the alias is unknown: that is malformed.
-        """
+class TopicAliases:
+    """Numbers that stand for topics on one connection (MQTT 5, section 3.3.2.3.4).
+
+    The bridge allows none; a broker that sends them all the same is understood.
+    """
+
+    def __init__(self) -> None:
+        self._topics: dict[int, bytes] = {}
+
+    def resolve(self, topic: bytes, properties: Properties) -> tuple[bytes, Properties]:
+        """The topic that is meant, empty where the alias is unknown; and the properties without the alias."""
+        if properties is None or TOPIC_ALIAS not in properties:
+            return topic, properties
+        alias = properties[TOPIC_ALIAS]
         if topic:
-            self._aliases[alias] = topic
-        return self._aliases.get(alias, b"")
+            self._topics[alias] = topic
+        rest = {name: value for name, value in properties.items() if name != TOPIC_ALIAS}
+        return self._topics.get(alias, b""), rest or None
 
 
 def extent(data: bytes, start: int) -> tuple[int, int] | None:
     """Where the body of the packet at `start` begins and ends, be that beyond `data`; None where that is still to come.
 
-    OverflowError when its length does not end.
+    MalformedPublish when its length does not end.
     """
     try:
         length, body = variable_length(data, start + 1)
     except IndexError:
         return None
+    except OverflowError as error:
+        raise MalformedPublish("a packet whose length does not end") from error
     return body, body + length
 
 
 def is_complete(data: bytes, start: int) -> bool:
-    """Whether the packet at `start` is there to its end. OverflowError as `extent`."""
+    """Whether the packet at `start` is there to its end. MalformedPublish as `extent`."""
     found = extent(data, start)
     return found is not None and found[1] <= len(data)

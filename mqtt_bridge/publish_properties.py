@@ -14,6 +14,7 @@ from typing import Any
 from mqtt_bridge.model import Properties
 
 TOPIC_ALIAS = "TopicAlias"
+USER_PROPERTY = "UserProperty"
 _LONGEST_REMEMBERED = 200
 """Bytes of properties that are remembered: most devices send the same ones over and over, and nobody can fill the
 memory with them."""
@@ -42,7 +43,7 @@ def _decode(content: bytes) -> Properties:
                 found.setdefault(name, []).append(value)
             else:
                 found[name] = value
-    except (KeyError, IndexError, UnicodeDecodeError):
+    except (KeyError, IndexError, OverflowError, UnicodeDecodeError):
         return {"undecodable": content.hex()}
     return found or None
 
@@ -96,9 +97,9 @@ _KINDS: dict[int, tuple[str, Callable[[bytes, int], _Value]]] = {
     0x09: ("CorrelationData", _binary),
     0x0B: ("SubscriptionIdentifier", _variable),
     0x23: (TOPIC_ALIAS, _number(2)),
-    0x26: ("UserProperty", _pair),
+    0x26: (USER_PROPERTY, _pair),
 }
-_LISTS = frozenset({"SubscriptionIdentifier", "UserProperty"})
+_LISTS = frozenset({"SubscriptionIdentifier", USER_PROPERTY})
 
 
 def variable_length(data: bytes, start: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """paho's client as it is, with the interface of `fast_client`: for a paho that the fast one does not fit.
 
 It uses public parts only, and pays for it: about 100 us of CPU a message. And paho's own strictness comes with it: it
-ends the connection for a property that it does not like, and the broker delivers that message again and again.
+ends the connection for a property that it does not like, and the broker delivers that message again and again. Before
+2.2 paho counts only whole packets as signs of life, and overlooks the reason of a DISCONNECT that says nothing else.
 
 Threads: the network thread reads; `acknowledge` may be called by any.
 """
@@ -15,7 +16,8 @@ import paho.mqtt.client as mqtt
 
 from mqtt_bridge.fast_client import OnMalformed, OnRun
 from mqtt_bridge.model import Properties, Run
-from mqtt_bridge.publish_packet import MalformedPublish
+from mqtt_bridge.publish_packet import MalformedPublish, TopicAliases
+from mqtt_bridge.publish_properties import USER_PROPERTY
 
 
 class StockClient(mqtt.Client):
@@ -25,6 +27,7 @@ class StockClient(mqtt.Client):
         super().__init__(*args, **kwargs)
         self._on_run = on_run
         self._on_malformed = on_malformed
+        self._aliases = TopicAliases()
         self.on_message = self._receive
 
     def acknowledge(self, packet_ids: Sequence[int]) -> None:
@@ -32,10 +35,15 @@ class StockClient(mqtt.Client):
         for packet_id in packet_ids:
             self.ack(packet_id, 1)
 
+    def part(self) -> None:
+        """Nothing: paho closes the socket as soon as it has written DISCONNECT, which is no better than to close it."""
+        self.disconnect()
+
     def _receive(self, _client: object, _userdata: object, message: mqtt.MQTTMessage) -> None:
-        topic = _topic(message)
-        if message.qos > 1 or not topic:
-            self._on_malformed(MalformedPublish(f"a message of QoS {message.qos} to the topic {topic!r}"))
+        topic, properties = self._aliases.resolve(_topic(message), _properties(message))
+        if message.qos > 1 or not topic or (message.qos and not message.mid):
+            what = f"a message of QoS {message.qos} to the topic {topic!r} with the packet id {message.mid}"
+            self._on_malformed(MalformedPublish(what))
             return
         self._on_run(
             Run.of_one(
@@ -45,7 +53,7 @@ class StockClient(mqtt.Client):
                 retain=message.retain,
                 dup=message.dup,
                 packet_id=message.mid,
-                properties=_properties(message),
+                properties=properties,
             )
         )
 
@@ -60,5 +68,7 @@ def _topic(message: mqtt.MQTTMessage) -> bytes:
 def _properties(message: mqtt.MQTTMessage) -> Properties:
     if message.properties is None or message.properties.isEmpty():  # type: ignore[no-untyped-call]
         return None
-    found: Properties = message.properties.json()  # type: ignore[no-untyped-call]
+    found: dict[str, Any] = message.properties.json()  # type: ignore[no-untyped-call]
+    if USER_PROPERTY in found:
+        found[USER_PROPERTY] = [list(pair) for pair in found[USER_PROPERTY]]
     return found

@@ -35,6 +35,8 @@ from mqtt_bridge.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+SETTLE_UP_S = 5.0
+"""How long the broker may take to read the acknowledgements of a backlog: it looks at one of them at a time."""
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0
 TICK_S = 0.25
 """How long the thread sleeps at most while nothing arrives: barriers and timeouts are looked after this often."""
@@ -54,6 +56,9 @@ class Inbox(ConnectionInbox, Protocol):
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Whether there is room again within `timeout_s`."""
+
+    def wait_until_settled(self, timeout_s: float) -> None:
+        """Until something more is settled, at most `timeout_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,8 @@ class Subscriber:
                 self._problem = "the connection to the broker ended with an unforeseen error, see the log."
             if on_purpose or time.monotonic() - began_s > STEADY_S:
                 delay_s = FIRST_DELAY_S
+            if on_purpose:
+                continue
             if self._contested:
                 delay_s = LONGEST_DELAY_S
             self._stop.wait(delay_s * random.uniform(0.5, 1.0))
@@ -253,7 +260,7 @@ class Subscriber:
 
     def _note_cut(self, connection: BrokerConnection) -> None:
         """The broker, or the network, has ended a connection: was it another client with our id?"""
-        if connection.age_s is not None:
+        if connection.age_s is not None and not connection.garbled:
             self._short_lived = self._short_lived + 1 if connection.age_s < STEADY_S else 0
         if connection.taken_over:
             self._short_lived = CONTESTED_CUTS
@@ -297,6 +304,7 @@ class Subscriber:
             if connection.out_of_reach:
                 # Its answer to the barrier is queued behind a backlog larger than it was allowed to send.
                 log.info("reconnecting, to have the broker account for its backlog", unproven=self._acks.unproven)
+                self._settle_up(connection)
                 return True
             if self._renew.is_set():
                 log.info("reconnecting, to have the broker deliver again what is unacknowledged")
@@ -338,6 +346,22 @@ class Subscriber:
             pass
         self._gone.set()
         return True
+
+    # -- accounting
+
+    def _settle_up(self, connection: BrokerConnection) -> None:
+        """Have all that was taken in acknowledged, and all acknowledgements read, before the connection is ended.
+
+        Else the broker would deliver tens of thousands of messages again, over and over, and nothing would get on.
+        """
+        connection.stop_taking_in()
+        deadline_s = time.monotonic() + SETTLE_UP_S
+        while self._acks.unacknowledged and time.monotonic() < deadline_s and not self._stop.is_set():
+            self.turns += 1
+            self._inbox.wait_until_settled(0.05)
+            if not connection.step_without_reading():
+                return
+        connection.part(max(0.0, deadline_s - time.monotonic()))
 
     # -- backpressure
 

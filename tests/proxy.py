@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Self
+
+from tests.packets import cut
 
 _CHUNK_BYTES = 65_536
 _RST_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s
@@ -23,13 +26,17 @@ class TcpProxy:
 
     host = "127.0.0.1"
 
-    def __init__(self, target_host: str, target_port: int, *, delay_s: float = 0.0) -> None:
+    def __init__(
+        self, target_host: str, target_port: int, *, delay_s: float = 0.0, tls: ssl.SSLContext | None = None
+    ) -> None:
+        """With `tls` clients have to speak TLS to it; the target does not hear of that."""
         self.delay_s = delay_s
         """Added to every chunk, each way; may be changed at any time."""
         self.port = 0
         self.accepted = 0
         """Connections so far."""
         self._target = (target_host, target_port)
+        self._tls = tls
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tcp-proxy", daemon=True)
         # All below is touched by the loop's thread only.
@@ -79,7 +86,7 @@ class TcpProxy:
 
     async def _listen(self) -> None:
         if self._server is None:
-            self._server = await asyncio.start_server(self._serve, self.host, self.port)
+            self._server = await asyncio.start_server(self._serve, self.host, self.port, ssl=self._tls)
             self.port = self._server.sockets[0].getsockname()[1]
 
     async def _unlisten(self) -> None:
@@ -141,3 +148,21 @@ class TcpProxy:
         await self._reset()
         await asyncio.sleep(0)  # transports close their sockets one turn of the loop later
         await asyncio.sleep(0)
+
+
+class Fragmenter(TcpProxy):
+    """Hands everything on in pieces of these sizes, over and over, each written by itself: over TLS a record each."""
+
+    def __init__(
+        self, target_host: str, target_port: int, *, sizes: Sequence[int], tls: ssl.SSLContext | None = None
+    ) -> None:
+        super().__init__(target_host, target_port, tls=tls)
+        self._sizes = sizes
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(_CHUNK_BYTES):
+            for piece in cut(data, self._sizes):
+                await self._flowing.wait()
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)  # so that pieces are sent one by one where the other side is quick enough

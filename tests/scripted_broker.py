@@ -118,6 +118,8 @@ class ScriptedBroker:
         """None grants the QoS asked for; else this byte for every filter (0x80 and above refuse)."""
         self.silent = False
         """True: nothing is answered any more, not even PINGREQ; packets are still recorded."""
+        self.greeting = b""
+        """What is sent before CONNACK: no broker may."""
         self.answer_subscribe = True
         """False: SUBSCRIBE and UNSUBSCRIBE are recorded only; answer with `send_raw` when it is time."""
         self.forbidden: frozenset[str] = frozenset()
@@ -263,7 +265,7 @@ class ScriptedBroker:
         body = bytes([answer.session_present and accepted, answer.reason])
         if connect.protocol == MQTT_5:
             body += _with_length(answer.properties)
-        self._send(connection, _packet(CONNACK, body))
+        self._send(connection, self.greeting + _packet(CONNACK, body))
         if accepted:
             self._ready += 1
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Self
 
@@ -17,13 +18,19 @@ from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
+from tests.packets import cut
+
 
 class WebsocketRelay:
     """One listener, a thread for itself and two for each connection."""
 
     host = "127.0.0.1"
 
-    def __init__(self, target_host: str, target_port: int, *, path: str = "/mqtt") -> None:
+    def __init__(
+        self, target_host: str, target_port: int, *, path: str = "/mqtt", sizes: Sequence[int] = (65_536,)
+    ) -> None:
+        """`sizes`: of the frames to the client, over and over; packets may begin and end anywhere in them."""
+        self._sizes = sizes
         self._target = (target_host, target_port)
         self._path = path
         self._server = serve(
@@ -96,6 +103,7 @@ class WebsocketRelay:
     def _to_client(self, broker: socket.socket, client: ServerConnection) -> None:
         with contextlib.suppress(ConnectionClosed, OSError):
             while data := broker.recv(65_536):
-                client.send(data)
+                for frame in cut(data, self._sizes):
+                    client.send(frame)
         with contextlib.suppress(OSError):
             client.close()

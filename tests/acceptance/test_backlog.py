@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.acceptance.traffic import Publisher, wait_until_stored
 from tests.waiting import wait_until
 
 
-@pytest.mark.parametrize("ending", ["SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+@pytest.mark.parametrize(
+    ("ending", "protocol", "receive"),
+    [*itertools.product(["SIGTERM", "SIGKILL"], ["5", "3.1.1"], ["fast"]), ("SIGKILL", "5", "stock")],
+)
 def test_10_000_messages_that_were_published_while_it_was_down_are_stored_exactly_once(
-    make_bridge, database, own_broker, site, ending, protocol
+    make_bridge, database, own_broker, site, ending, protocol, receive
 ):
     broker = own_broker()
-    bridge = make_bridge(database, broker, MQTT_PROTOCOL=protocol).start().wait_until_ready()
+    bridge = make_bridge(database, broker, MQTT_PROTOCOL=protocol, MQTT_RECEIVE=receive).start().wait_until_ready()
     bridge.stop() if ending == "SIGTERM" else bridge.kill()
 
     with Publisher(broker, site) as publisher:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.program import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +31,9 @@ def chaos(*arguments: str) -> tuple[int, dict[str, Any]]:
     return ended.returncode, json.loads(ended.stdout)
 
 
-def test_under_kills_crashes_cuts_and_restarts_every_message_is_stored_exactly_once():
-    code, result = chaos("--quick")
+@pytest.mark.parametrize("receive", ["fast", "stock"])
+def test_under_kills_crashes_cuts_and_restarts_every_message_is_stored_exactly_once(receive):
+    code, result = chaos("--quick", "--receive", receive)
 
     assert (result["published"], result["repeated_by_publisher"]) == (4000, 0)
     assert result["comparison"]["stored"] == 4000

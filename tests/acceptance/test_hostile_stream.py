@@ -98,8 +98,9 @@ HOSTILE: dict[str, tuple[bytes, Fate]] = {
 }
 
 
-def test_a_hostile_stream_costs_no_good_message(make_bridge, database, broker, site):
-    bridge = make_bridge(database, broker).start().wait_until_ready()
+@pytest.mark.parametrize("receive", ["fast", "stock"])
+def test_a_hostile_stream_costs_no_good_message(make_bridge, database, broker, site, receive):
+    bridge = make_bridge(database, broker, MQTT_RECEIVE=receive).start().wait_until_ready()
     long_device = "d" * 65_000
 
     with Publisher(broker, site) as publisher:
@@ -180,11 +181,13 @@ IMPOSSIBLE_TOPICS = {
 }
 
 
+@pytest.mark.parametrize("receive", ["fast", "stock"])
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-def test_topics_that_no_broker_should_let_through_are_dead_letters(make_bridge, database, site, protocol):
+def test_topics_that_no_broker_should_let_through_are_dead_letters(make_bridge, database, site, protocol, receive):
     good = f"{site}/good/telemetry".encode()
     with ScriptedBroker() as broker:
-        bridge = make_bridge(database, broker, MQTT_PROTOCOL=protocol).start().wait_until_ready()
+        options = {"MQTT_PROTOCOL": protocol, "MQTT_RECEIVE": receive}
+        bridge = make_bridge(database, broker, **options).start().wait_until_ready()
 
         mids = iter(range(1, 100))
         for topic in IMPOSSIBLE_TOPICS:

@@ -18,12 +18,18 @@ from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize(
-    ("protocol", "number"), [("5", signal.SIGTERM), ("5", signal.SIGINT), ("3.1.1", signal.SIGTERM)]
+    ("protocol", "number", "receive"),
+    [
+        ("5", signal.SIGTERM, "fast"),
+        ("5", signal.SIGINT, "fast"),
+        ("3.1.1", signal.SIGTERM, "fast"),
+        ("5", signal.SIGTERM, "stock"),
+    ],
 )
 def test_after_a_stop_under_load_no_acknowledged_message_comes_back(
-    make_bridge, database, broker, site, number, protocol
+    make_bridge, database, broker, site, number, protocol, receive
 ):
-    bridge = make_bridge(database, broker, MQTT_PROTOCOL=protocol).start().wait_until_ready()
+    bridge = make_bridge(database, broker, MQTT_PROTOCOL=protocol, MQTT_RECEIVE=receive).start().wait_until_ready()
 
     with Publisher(broker, site) as publisher:
         publisher.begin(per_s=3000)

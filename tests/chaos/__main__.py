@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--spool", choices=["off", "outage", "always"], default=usual.spool, help="BRIDGE_SPOOL")
     parser.add_argument("--protocol", choices=["5", "3.1.1"], default=usual.protocol, help="MQTT_PROTOCOL")
+    parser.add_argument("--receive", choices=["fast", "stock"], default=usual.receive, help="MQTT_RECEIVE")
     for name, explained in {
         "full-queue": "a queue that is full most of the time",
         "backlog": "publish everything while the bridge is down; faults come while it catches up",

@@ -112,6 +112,10 @@ def _number(count: int) -> str:
 
 
 def _special() -> Iterator[Proof]:
+    for protocol in ("5", "3.1.1"):
+        parameters = Parameters(protocol=protocol, receive="stock", early_kills=5, **FAULTS)
+        title = f"20,000 messages at 400/s, received by stock paho, MQTT {protocol}"
+        yield Proof(f"stock-mqtt{protocol}", title, parameters)
     parameters = Parameters(messages=20_000, rate=1000.0, full_queue=True, early_kills=5, **FAULTS)
     yield Proof("full-queue", "20,000 messages at 1,000/s, a queue of 100 that is full", parameters)
     parameters = Parameters(messages=20_000, steals=10, **(NONE | {"broker_restarts": 1, "db_crashes": 2}))

@@ -69,6 +69,8 @@ class Parameters:
     qos0: float = 0.0
     """Share of the messages that are published with QoS 0."""
     protocol: Literal["5", "3.1.1"] = "5"
+    receive: Literal["fast", "stock"] = "fast"
+    """The client that reads: the bridge's own, or paho as it is."""
     backlog: bool = False
     """Everything is published while the bridge is down; faults come while it catches up."""
     workers: int = 2

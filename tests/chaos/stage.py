@@ -80,6 +80,7 @@ class Stage:
             MQTT_HOST="127.0.0.1",
             MQTT_PORT=broker_port,
             MQTT_PROTOCOL=parameters.protocol,
+            MQTT_RECEIVE=parameters.receive,
             MQTT_TOPICS="chaos/{device}/telemetry",
             MQTT_CLIENT_ID=CLIENT_ID,
             BRIDGE_WORKERS=parameters.workers,

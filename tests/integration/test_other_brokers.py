@@ -35,12 +35,13 @@ def scripted() -> Iterator[ScriptedBroker]:
         yield broker
 
 
-@pytest.fixture
-def run_bridge(database: str, scripted: ScriptedBroker) -> Iterator[MakeBridge]:
+@pytest.fixture(params=["fast", "stock"])
+def run_bridge(request: pytest.FixtureRequest, database: str, scripted: ScriptedBroker) -> Iterator[MakeBridge]:
     """Runs a bridge in this process, subscribed when the call returns; stops it after the test."""
     running: list[tuple[Bridge, threading.Thread]] = []
 
     def start(**others: object) -> Bridge:
+        others = {"MQTT_RECEIVE": request.param, **others}
         bridge = Bridge(load(settings(database, scripted) | texts(others), env_file=None))
         thread = threading.Thread(target=bridge.run, name="bridge")
         thread.start()

@@ -121,14 +121,20 @@ class Rig:
 StartRig = Callable[..., Rig]
 
 
+@pytest.fixture(params=["fast", "stock"])
+def receive(request: pytest.FixtureRequest) -> str:
+    """MQTT_RECEIVE: what holds of the one client has to hold of the other."""
+    return str(request.param)
+
+
 @pytest.fixture
-def start_rig() -> Iterator[StartRig]:
+def start_rig(receive: str) -> Iterator[StartRig]:
     """Starts a subscriber with these settings; it is stopped after the test."""
     rigs: list[Rig] = []
 
     def start(port: int, *, batch_size: int = 2000, workers: int = 2, **changes: Any) -> Rig:
         changes.setdefault("mqtt_client_id", f"rig-{secrets.token_hex(4)}")
-        settings = Settings(mqtt_host="127.0.0.1", mqtt_port=port, **changes)
+        settings = Settings(mqtt_host="127.0.0.1", mqtt_port=port, mqtt_receive=receive, **changes)
         router, store, acks = Router(default_routes(",".join(settings.mqtt_topics))), GatedStore(), AckTracker()
         pipeline = _Pipeline(
             Batches(router),
@@ -608,7 +614,7 @@ GARBAGE = {
     "connect, to a client": _packet(0x10, b"\x00\x04MQTT\x05\x02\x00\x3c\x00\x00\x00"),
     "auth": _packet(0xF0, b"\x18\x00"),
     "disconnect with an unknown reason": _packet(0xE0, b"\x03"),
-    "disconnect with broken properties": _packet(0xE0, b"\x8e\x7f\x01"),
+    "disconnect with broken properties": _packet(0xE0, b"\x8b\x7f\x01"),
 }
 
 
@@ -655,6 +661,31 @@ def test_an_error_of_the_bridge_itself_costs_the_connection_and_not_the_thread(s
 
     assert scripted.wait_for_pubacks(1) == [1]
     assert rig.store.payloads == [b"1"]
+
+
+SICK = {
+    "a malformed message": b"\x32\x05\x00\x00\x00\x01\x00",
+    "a packet of no kind": b"\x00\x00",
+    "a packet of another kind that cannot be read": b"\xb0\x06\x00\x01\x02\x7e\x00\x11",
+}
+
+
+@pytest.mark.parametrize("packet", SICK)
+def test_a_broker_that_sends_what_cannot_be_read_again_and_again_is_not_taken_for_another_client(
+    scripted, start_rig, monkeypatch, packet
+):
+    monkeypatch.setattr("mqtt_bridge.subscriber.FIRST_DELAY_S", 0.02)
+    rig = start_rig(scripted.port)
+
+    for number in range(1, CONTESTED_CUTS + 1):
+        scripted.wait_for_subscribe(number)
+        scripted.send_raw(SICK[packet])
+        wait_until(lambda number=number: rig.subscriber._connects >= number, what="it to notice")
+        wait_until(lambda: not rig.subscriber.state.connected, what="the end of the connection")
+    scripted.wait_for_subscribe(CONTESTED_CUTS + 1)
+    rig.wait_until_subscribed()
+
+    assert rig.subscriber._short_lived == 0
 
 
 def test_connections_that_it_ends_itself_do_not_make_it_hesitate(scripted, start_rig, monkeypatch):
@@ -729,6 +760,7 @@ def test_a_full_queue_stops_reading_then_disconnects_and_later_everything_comes(
     assert sorted(rig.store.payloads, key=int) == payloads
 
 
+@pytest.mark.parametrize("receive", ["fast"], indirect=True)  # it is the same after each connection
 def test_connections_that_a_full_queue_has_ended_are_no_sign_of_another_client(broker, start_rig, site):
     rig = start_rig(
         broker.port,

@@ -291,3 +291,67 @@ class AckMachine(RuleBasedStateMachine):
 
 TestAckMachine = AckMachine.TestCase
 TestAckMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class RunMachine(RuleBasedStateMachine):
+    """Whole runs added at once send the same as their deliveries added one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.at_once, self.one_by_one = AckTracker(), AckTracker()
+        self.sent = [], []
+        self.positions, self.packet_ids = count(1), count(1)
+        self.known = []
+
+    @property
+    def both(self):
+        return self.at_once, self.one_by_one
+
+    @rule()
+    def open(self):
+        for acks, sent in zip(self.both, self.sent, strict=True):
+            acks.open(sent.extend)
+
+    @rule()
+    def close(self):
+        for acks in self.both:
+            acks.close()
+
+    @rule(size=st.integers(1, 5))
+    def deliver(self, size):
+        positions = range(next(self.positions), next(self.positions) + size)
+        self.positions = count(positions[-1] + 1)
+        packet_ids = [next(self.packet_ids) for _ in positions]
+
+        self.at_once.add_run(positions, packet_ids)
+        for position, packet_id in zip(positions, packet_ids, strict=True):
+            self.one_by_one.add(position, packet_id)
+        self.known += positions
+
+    @rule(finished=st.booleans())
+    def deliver_one(self, finished):
+        position, packet_id = next(self.positions), next(self.packet_ids)
+        for acks in self.both:
+            acks.add(position, packet_id, finished=finished)
+        self.known.append(position)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def finish(self, data):
+        positions = data.draw(st.lists(st.sampled_from(self.known[-12:]), max_size=6))
+        for acks in self.both:
+            acks.finish(positions)
+
+    @rule()
+    def prove(self):
+        assert self.at_once.prove(self.at_once.mark()) == self.one_by_one.prove(self.one_by_one.mark())
+
+    @invariant()
+    def they_are_the_same(self):
+        assert self.sent[0] == self.sent[1]
+        for figure in ("head", "unacknowledged", "unproven", "outstanding"):
+            assert getattr(self.at_once, figure) == getattr(self.one_by_one, figure)
+
+
+TestRunMachine = RunMachine.TestCase
+TestRunMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -909,3 +909,116 @@ TestLedgerMachine = LedgerMachine.TestCase
 TestLedgerMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestUnmarkedLedgerMachine = UnmarkedLedgerMachine.TestCase
 TestUnmarkedLedgerMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+# -- whole runs
+
+
+RUNS = st.tuples(st.integers(-6, 12), st.integers(1, 9), st.booleans(), st.booleans())
+"""How far the first packet id is from the last one; how many follow one another; with DUP; all alike."""
+
+
+class RunMachine(RuleBasedStateMachine):
+    """A run that is placed at once gets the positions, and leaves the ledger, as if placed one by one.
+
+    The one ledger gets whole runs, where it takes them; the other gets single deliveries. What is out of reach may be
+    forgotten a little later within a run: so both are made to forget before they are compared.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("mqtt_bridge.ledger.LAP", 211)
+        self.patch.setattr("mqtt_bridge.ledger.REACH", 80)
+        self.patch.setattr("mqtt_bridge.ledger.SWEEP", 12)
+        self.positions = []
+        self.batches = []
+        self.taken_at_once = 0
+
+    def teardown(self):
+        self.patch.undo()
+
+    @initialize(
+        redelivery=st.sampled_from(["marked", "unmarked", "renumbered"]),
+        epoch=st.integers(1, 2),
+        known=st.integers(0, 5),
+        first=st.integers(1, 300),
+    )
+    def begin(self, redelivery, epoch, known, first):
+        entries = [Entry(BatchKey(1, 1), epoch, first, SAME * known, (), False)] if known else []
+        self.ledgers = loaded(*entries, redelivery=redelivery), loaded(*entries, redelivery=redelivery)
+
+    @rule(run=RUNS)
+    def receive(self, run):
+        step, size, dup, alike = run
+        last_id = self.ledgers[0]._last_id or 0
+        ids = [(last_id + step + offset - 1) % 211 + 1 for offset in range(size)]
+        marks = [SAME if alike else fingerprint(b"%d" % packet_id, b"", retain=False) for packet_id in ids]
+
+        together = None if dup else self.ledgers[0].place_run(ids, marks)
+        if together is None:
+            places = [self.ledgers[0].place(each, mark, dup=dup) for each, mark in zip(ids, marks, strict=True)]
+        else:
+            self.taken_at_once += 1
+            places = [(position, Seen.NEW) for position in together]
+        others = [self.ledgers[1].place(each, mark, dup=dup) for each, mark in zip(ids, marks, strict=True)]
+
+        assert places == others
+        self.positions += [
+            message(position, mark) for (position, seen), mark in zip(places, marks, strict=True) if seen is Seen.NEW
+        ]
+
+    @precondition(lambda self: self.positions)
+    @rule(size=st.integers(1, 20))
+    def commit(self, size):
+        messages, self.positions = self.positions[:size], self.positions[size:]
+        for ledger in self.ledgers:
+            ledger.settled(ledger.entry(messages), messages)
+        self.batches.append([each.position for each in messages])
+
+    @precondition(lambda self: self.batches)
+    @rule()
+    def prove(self):
+        positions = self.batches.pop(0)
+        for ledger in self.ledgers:
+            ledger.prove(positions)
+
+    @rule(session_present=st.booleans())
+    def reconnect(self, session_present):
+        for ledger in self.ledgers:
+            ledger.connected(session_present=session_present)
+
+    @invariant()
+    def they_are_the_same(self):
+        if not hasattr(self, "ledgers"):
+            return
+        for ledger in self.ledgers:
+            ledger._forget_out_of_reach()
+        states = [
+            {name: value for name, value in vars(ledger).items() if name != "_prunable"} for ledger in self.ledgers
+        ]
+        assert states[0] == states[1]
+        assert sorted(self.ledgers[0]._prunable) == sorted(self.ledgers[1]._prunable)
+
+
+TestRunMachine = RunMachine.TestCase
+TestRunMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_run_that_goes_on_from_the_last_is_placed_at_once():
+    ledger = fresh()
+
+    assert ledger.place_run([1, 2, 3], [SAME] * 3) == range(1, 4)
+    assert ledger.place_run([7, 8], [SAME] * 2) == range(7, 9)
+    assert ledger.place_run([LAP // 2 + 8], [SAME]) == range(LAP // 2 + 8, LAP // 2 + 9)
+
+
+@pytest.mark.parametrize("ids", [[8], [9, 11], [10, 9], [LAP, 1], [7, 8]])
+def test_a_run_that_does_not_is_left_to_be_placed_one_by_one_and_nothing_is_changed(ids):
+    ledger = fresh()
+    ledger.place_run([1, 2, 3, 4, 5, 6, 7, 8], [SAME] * 8)
+    before = {name: str(value) for name, value in vars(ledger).items()}
+
+    assert ledger.place_run(ids, [SAME] * len(ids)) is None
+
+    assert {name: str(value) for name, value in vars(ledger).items()} == before
