@@ -78,6 +78,33 @@ def _crash(results: Results) -> Iterator[Line]:
     yield _line(demand, outcome["exact"], measured)
 
 
+def _exact(results: Results) -> Iterator[Line]:
+    demand = "every message of every trial of the bridge is stored once, with all its rows"
+    trials = list(_trials_of_the_bridge(results))
+    if not trials:
+        yield _open(demand)
+        return
+    wrong = [
+        f"{place}: {it['stored']:,} of {it['messages']:,}, {it['distinct']:,} different"
+        for place, it in trials
+        if not it["exact"]
+    ]
+    yield _line(demand, not wrong, "; ".join(wrong) or f"{len(trials)} trials")
+
+
+def _trials_of_the_bridge(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each was made, and its outcome."""
+    if found := figures(results, "full-load"):
+        yield from ((f"full-load {index}", it) for index, all_ in found["indexes"].items() for it in all_["trials"])
+    if found := figures(results, "mosquitto"):
+        yield from (("mosquitto", it) for it in found["trials"])
+    if found := figures(results, "side-by-side"):
+        yield from (("side-by-side", it) for it in found["systems"].get(Bridge.name, {}).get("trials", ()))
+    if found := figures(results, "curves"):
+        for name, points in found["curves"].items():
+            yield from ((f"{name} {point['at']}", point["outcome"]) for point in points if "outcome" in point)
+
+
 def _others(results: Results) -> Iterator[Line]:
     demand = "less CPU a message than every other system, side by side through Mosquitto"
     found = figures(results, "side-by-side")
@@ -168,6 +195,7 @@ def _processes(results: Results) -> Iterator[Line]:
 _RULES: tuple[Callable[[Results], Iterator[Line]], ...] = (
     _full_load,
     _crash,
+    _exact,
     _others,
     _times,
     _latency,

@@ -22,6 +22,8 @@ from mqtt_bridge.tools.embedded import free_port
 ROOT = Path(__file__).parents[2]
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
+SETTLED_TIMEOUT_S = 30.0
+QUIET_S = 1.0
 
 # A proxy of the environment would be asked for 127.0.0.1.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -124,6 +126,17 @@ class Bridge:
         with _OPENER.open(f"http://127.0.0.1:{self.http_port}/api/status", timeout=10) as answer:
             content: dict[str, Any] = json.loads(answer.read())
         return content
+
+    def wait_until_settled(self) -> None:
+        """Until nothing is in flight and nothing more has come for a while: a second copy may come after the last."""
+        deadline_s, last, since_s = time.monotonic() + SETTLED_TIMEOUT_S, -1, time.monotonic()
+        while time.monotonic() < deadline_s:
+            messages = self.status()["messages"]
+            if messages["received"] != last or messages["in_flight"]:
+                last, since_s = messages["received"], time.monotonic()
+            elif time.monotonic() - since_s > QUIET_S:
+                return
+            time.sleep(0.1)
 
     @property
     def _log(self) -> Path:
