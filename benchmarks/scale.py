@@ -89,7 +89,7 @@ QUICK = replace(
         "workers": (1, 4),
         "processes": (1, 2),
     },
-    backlog_messages=50_000,
+    backlog_messages=300_000,
     outage_s=6.0,
     outage_margin_s=2.0,
 )
@@ -106,7 +106,7 @@ TINY = replace(
     curve_rows=4_000,
     curve_bytes=1_000_000,
     curves={"devices": (10,), "readings": (30,), "size_bytes": (10_000,), "workers": (1,), "processes": (2,)},
-    backlog_messages=2_000,
+    backlog_messages=40_000,  # more than the bridge holds at once
     outage_s=2.0,
     outage_margin_s=0.5,
 )
