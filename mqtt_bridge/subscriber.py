@@ -35,8 +35,6 @@ from mqtt_bridge.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-SETTLE_UP_S = 5.0
-"""How long the broker may take to read the acknowledgements of a backlog: it looks at one of them at a time."""
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0
 TICK_S = 0.25
 """How long the thread sleeps at most while nothing arrives: barriers and timeouts are looked after this often."""
@@ -355,7 +353,8 @@ class Subscriber:
         Else the broker would deliver tens of thousands of messages again, over and over, and nothing would get on.
         """
         connection.stop_taking_in()
-        deadline_s = time.monotonic() + SETTLE_UP_S
+        # Mosquitto reads one packet of a client at a time, and may send thousands of messages for each of them.
+        deadline_s = time.monotonic() + self._settings.mqtt_keepalive_s / 2
         while self._acks.unacknowledged and time.monotonic() < deadline_s and not self._stop.is_set():
             self.turns += 1
             self._inbox.wait_until_settled(0.05)
