@@ -1,10 +1,10 @@
 """An MQTT server that only delivers, faster than Mosquitto: what is measured behind it is not the broker.
 
 It accepts CONNECT (3.1.1 and 5), SUBSCRIBE, UNSUBSCRIBE and PINGREQ, and then streams messages that were made before,
-QoS 1, as fast as Receive Maximum (MQTT 5) or `window` (3.1.1) allows. Packet ids count from 1 to 65,535 and begin anew,
-as Mosquitto's do. A session outlives its connection: whoever comes back with the same client id and without clean start
-is told so, and is first sent again, with DUP, what it has not acknowledged. All subscribers share one store of messages,
-each message goes to one of them: with one subscriber that is a subscription, with several a shared one.
+QoS 1, as fast as Receive Maximum (MQTT 5) or `window` (3.1.1) allows. Packet ids count from 1 to 65,535 and begin
+anew, as Mosquitto's do. A session outlives its connection: whoever comes back with the same client id and without clean
+start is told so, and is first sent again, with DUP, what it has not acknowledged. All subscribers share one store of
+messages, each message goes to one of them: with one subscriber that is a subscription, with several a shared one.
 
 It costs half a microsecond a message: packet ids are written into thousands of packets by two slice assignments, and a
 run of PUBACKs is compared with what it has to be in one step. PUBACKs out of order are understood, one by one.
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from benchmarks.telemetry import Load, Packets, packets, remaining_length
+from benchmarks.telemetry import Load, packets, remaining_length
 
 HOST = "127.0.0.1"
 WINDOW = 1_000
@@ -103,7 +103,7 @@ class Feed:
 
 
 def _serve(pipe: Connection, load: Load, protocol: int, window: int) -> None:
-    _Server(pipe, packets(load, protocol=protocol), protocol=protocol, window=window).run()
+    _Server(pipe, load, protocol=protocol, window=window).run()
 
 
 @dataclass(slots=True)
@@ -135,9 +135,10 @@ class _Client:
 class _Server:
     """The loop: reads, hands out, writes."""
 
-    def __init__(self, pipe: Connection, store: Packets, *, protocol: int, window: int) -> None:
-        self._pipe, self._store, self._protocol, self._window = pipe, store, protocol, window
-        self._messages = len(store)
+    def __init__(self, pipe: Connection, load: Load, *, protocol: int, window: int) -> None:
+        self._pipe, self._load, self._protocol, self._window = pipe, load, protocol, window
+        self._store = packets(load, protocol=protocol)
+        self._messages = load.messages
         self._going = False
         self._given = self._redelivered = self._out_of_order = 0
         self._began_s: float | None = None
@@ -354,7 +355,7 @@ class _Server:
     def _connect(self, client: _Client, body: bytes) -> None:
         client.version, flags = body[6], body[7]
         if client.version != self._protocol:
-            raise ConnectionError(f"the feed was made for protocol {self._protocol}, not {client.version}")
+            self._make_anew(client.version)
         position, maximum = 10, self._window
         if client.version == 5:
             length, start = _length(body, position)
@@ -373,6 +374,12 @@ class _Server:
         _reply(client, 0x20, bytes([present, 0]) + (b"\x00" if client.version == 5 else b""))
         if present:
             self._redeliver(client, session)
+
+    def _make_anew(self, protocol: int) -> None:
+        """The messages for the other version of MQTT: whoever comes first decides which it is."""
+        if self._sessions:
+            raise ConnectionError(f"the feed speaks protocol {self._protocol} to others already")
+        self._protocol, self._store = protocol, packets(self._load, protocol=protocol)
 
 
 def _reply(client: _Client, head: int, body: bytes) -> None:

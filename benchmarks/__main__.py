@@ -1,0 +1,117 @@
+"""`python -m benchmarks`: measures, judges, and reports."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+import structlog
+
+from benchmarks import machine, results, verdict
+from benchmarks.bench import Bench
+from benchmarks.contestants import all_contestants
+from benchmarks.live_line import LiveLine
+from benchmarks.measurements import MEASUREMENTS
+from benchmarks.scale import SCALES
+from benchmarks.servers import Servers
+
+QUICK_FOLDER = machine.ROOT / "build" / "benchmarks"
+
+
+@click.group(invoke_without_command=True)
+@click.option("--quick", is_flag=True, help="Small sizes: whether it runs at all; no figures to quote.")
+@click.option("--tiny", is_flag=True, hidden=True, help="Smaller still, for the tests of the benchmarks.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only this measurement; may be given several times.")
+@click.option("--contestant", multiple=True, metavar="NAME", help="Only these systems side by side.")
+@click.option("--rounds", type=click.IntRange(1), help="Medians are of so many rounds (5).")
+@click.option("--outage-minutes", type=click.FloatRange(min=0.01), help="How long the database is away (10).")
+@click.option("--list", "listing", is_flag=True, help="Name the measurements and the systems, and end.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the result file.")
+@click.pass_context
+def main(
+    context: click.Context,
+    quick: bool,
+    tiny: bool,
+    only: tuple[str, ...],
+    contestant: tuple[str, ...],
+    rounds: int | None,
+    outage_minutes: float | None,
+    listing: bool,
+    out: Path | None,
+) -> None:
+    """Measure mqtt-bridge, alone and beside others, and judge it by what the project asks of itself.
+
+    All servers are started for it and taken away again. Measurements of one commit go into one file, each replaced
+    when it is made again: a run that was broken off is continued with --only.
+
+    \b
+    Examples:
+      python -m benchmarks                                # everything, in half an hour
+      python -m benchmarks --quick                        # whether it runs, in some minutes
+      python -m benchmarks --only full-load --rounds 3
+      python -m benchmarks --only side-by-side --contestant mqtt-bridge --contestant paho-copy
+      python -m benchmarks report                         # tables, plots, and the part of the README
+      python -m benchmarks profile                        # where the time goes
+    """
+    if context.invoked_subcommand is not None:
+        return
+    contestants = all_contestants()
+    if listing:
+        _list(contestants)
+        return
+    scale = SCALES["tiny" if tiny else "quick" if quick else "full"]
+    bench_parts = {"rounds": rounds, "outage_s": None if outage_minutes is None else 60 * outage_minutes}
+    scale = scale.changed(**{name: value for name, value in bench_parts.items() if value is not None})
+    chosen = _chosen(only, MEASUREMENTS, "--only")
+    systems = _chosen(contestant, contestants, "--contestant")
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+    folder = out or (results.FOLDER if scale.name == "full" else QUICK_FOLDER)
+    line = LiveLine()
+    with Servers() as servers:
+        commit, dirty = machine.commit()
+        begun = results.fresh(commit=commit, dirty=dirty, scale=scale.name, machine=machine.describe(servers))
+        path, found = results.open_or_begin(folder, begun)
+        bench = Bench(servers, scale, {name: contestants[name] for name in systems}, line.say)
+        for name in chosen:
+            line.part(name)
+            began_s, load = time.monotonic(), machine.load_average()
+            figures = MEASUREMENTS[name].measure(bench)
+            found["measurements"][name] = {
+                "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - began_s, 1),
+                "load_before": load,
+                "figures": figures,
+            }
+            found["verdict"] = verdict.judge(found)
+            results.write(path, found)
+            line.done("measured")
+    _print_verdict(found)
+    click.echo(f"Written to {path}")
+
+
+def _list(contestants: dict[str, object]) -> None:
+    click.echo("Measurements (--only):")
+    for name, module in MEASUREMENTS.items():
+        click.echo(f"  {name:<14}{module.QUESTION}")
+    click.echo("Systems (--contestant):")
+    for name, system in contestants.items():
+        click.echo(f"  {name:<24}{getattr(system, 'title', '')}")
+
+
+def _chosen(asked: tuple[str, ...], known: dict[str, object], option: str) -> list[str]:
+    """What was asked for, in the order in which it is run; everything where nothing was."""
+    if unknown := sorted(set(asked) - known.keys()):
+        raise click.BadParameter(f"there is no {', '.join(unknown)}; one of {', '.join(known)}.", param_hint=option)
+    return [name for name in known if not asked or name in asked]
+
+
+def _print_verdict(found: results.Results) -> None:
+    width = max(len(line["demand"]) for line in found["verdict"])
+    for line in found["verdict"]:
+        click.echo(f"{line['answer']:<7} {line['demand']:<{width}}  {line['measured']}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")
