@@ -14,6 +14,8 @@ TEST_ARGS ?=
 # Tests that run side by side, each process with servers of its own; 0 runs all in one, as --pdb needs it.
 TEST_JOBS ?= auto
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
+PROFILE_ARGS ?=
 
 # One stamp for each set of extras, newer than the metadata it was installed from. Larger sets contain the smaller:
 # after `make test`, `make demo` installs nothing.
@@ -21,13 +23,14 @@ CORE := $(VENV)/.installed-core
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test chaos lint types format ci clean
+.PHONY: help install demo run test chaos bench profile lint types format ci clean
 
 help: ## this list
 	@echo "mqtt-bridge moves MQTT messages into PostgreSQL. Targets:"
@@ -47,6 +50,12 @@ test: $(TEST) ## every test (TEST_ARGS="-k tape -x")
 
 chaos: $(TEST) ## the bridge under kills, crashes and cuts, compared message by message (CHAOS_ARGS="--help")
 	@$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
+
+bench: $(BENCH) ## CPU, throughput, latency, memory, beside other systems (BENCH_ARGS="--quick", BENCH_ARGS=report)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+profile: $(BENCH) ## where the bridge's time goes under full load: a flame graph, and a summary (PROFILE_ARGS="--gil")
+	@$(BIN)/python -m benchmarks profile $(PROFILE_ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -102,3 +111,6 @@ $(TEST): setup.cfg setup.py | $(BIN)/python
 
 $(DEV): setup.cfg setup.py | $(BIN)/python
 	$(call pip-install,[dev],$(CORE) $(DEMO) $(TEST) $(DEV))
+
+$(BENCH): setup.cfg setup.py | $(BIN)/python
+	$(call pip-install,[bench],$(CORE) $(DEMO) $(BENCH))

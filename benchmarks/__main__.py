@@ -91,6 +91,48 @@ def main(
     click.echo(f"Written to {path}")
 
 
+@main.command()
+@click.option("--results", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Of this file.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write RESULTS.md and plots there only.")
+def report(path: Path | None, out: Path | None) -> None:
+    """Write tables and plots from the latest results: benchmarks/RESULTS.md, benchmarks/plots, and the README.
+
+    \b
+    Examples:
+      python -m benchmarks report
+      python -m benchmarks report --results build/benchmarks/2026-10-01-quick-0123456789.json --out build/report
+    """
+    path = path or results.latest()
+    if path is None:
+        raise click.ClickException(f"there are no results in {results.FOLDER}: run python -m benchmarks first.")
+    if out is None and path.parent != results.FOLDER:
+        raise click.UsageError("the documents of the project are of results in benchmarks/results: give --out.")
+    # Only here: matplotlib is large, and nothing else needs it.
+    from benchmarks import documents
+
+    for written in documents.write(path, out):
+        click.echo(f"Written: {written}")
+
+
+@main.command()
+@click.option("--seconds", type=click.IntRange(1), default=10, show_default=True, help="Of each of two recordings.")
+@click.option("--gil", is_flag=True, help="Only threads that hold the interpreter's lock.")
+@click.option("--native", is_flag=True, help="Also what runs in C.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=QUICK_FOLDER, help="Folder.")
+def profile(seconds: int, gil: bool, native: bool, out: Path) -> None:
+    """Record the bridge under full load on the feed: a flame graph, and where most time is spent.
+
+    \b
+    Examples:
+      python -m benchmarks profile
+      python -m benchmarks profile --seconds 20 --gil --out /tmp/profile
+    """
+    from benchmarks.profile import record
+
+    click.echo(record(out, seconds=seconds, gil=gil, native=native))
+    click.echo(f"Written: {out / 'profile.svg'} and {out / 'profile.txt'}")
+
+
 def _list(contestants: dict[str, object]) -> None:
     click.echo("Measurements (--only):")
     for name, module in MEASUREMENTS.items():

@@ -11,7 +11,7 @@ from benchmarks.results import Results, figures
 
 MOST_CPU_US = 10.0
 LEAST_PER_S = {"default": 40_000, "brin": 75_000, "none": 75_000}
-LEAST_TIMES = {"pooled-insert": 35.0, "connection-per-payload": 200.0}
+LEAST_TIMES = {"pooled-inserts": 35.0, "connection-per-payload": 200.0}
 """How many times the rate of these systems, the bridge on the feed."""
 LATENCY_RATE = "1000"
 MOST_P50_MS = 10.0
