@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import structlog
 
-from benchmarks import machine, results, verdict
+from benchmarks import documents, machine, results, verdict
 from benchmarks.bench import Bench
 from benchmarks.contestants import all_contestants
 from benchmarks.live_line import LiveLine
@@ -107,9 +107,6 @@ def report(path: Path | None, out: Path | None) -> None:
         raise click.ClickException(f"there are no results in {results.FOLDER}: run python -m benchmarks first.")
     if out is None and path.parent != results.FOLDER:
         raise click.UsageError("the documents of the project are of results in benchmarks/results: give --out.")
-    # Only here: matplotlib is large, and nothing else needs it.
-    from benchmarks import documents
-
     for written in documents.write(path, out):
         click.echo(f"Written: {written}")
 

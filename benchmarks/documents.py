@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks import plots, report, results
+from benchmarks import report, results
 from benchmarks.machine import ROOT
 
 BLOCKS = {ROOT / "README.md": "how-fast", ROOT / "benchmarks" / "RESULTS.md": "results"}
@@ -13,6 +13,8 @@ BLOCKS = {ROOT / "README.md": "how-fast", ROOT / "benchmarks" / "RESULTS.md": "r
 
 def write(path: Path, out: Path | None) -> list[Path]:
     """All of it from one result file; what was written. With `out` nothing but that folder is touched."""
+    from benchmarks import plots  # matplotlib is large, and only this needs it
+
     found = results.read(path)
     if out is not None:
         drawn = plots.draw(found, path.name, out / "plots")

@@ -24,8 +24,10 @@ from benchmarks.feed import HOST
 from benchmarks.telemetry import DEVICES, PROBE, Load, packets, publish
 
 CONNECTIONS = 4
-WINDOW = 250
+WINDOW = 500
 """Messages in flight of each connection."""
+PAUSE_S = 0.0005
+"""Between two rounds of reading and writing: many small packets a system call, for the broker as well as for us."""
 TICK_S = 0.001
 
 _IDS = 65_535
@@ -121,6 +123,7 @@ def _flood(pipe: Connection, port: int, load: Load) -> None:
             link.receive()
             link.send()
             poll.modify(descriptor, select.POLLIN | (select.POLLOUT if link.blocked else 0))
+        time.sleep(PAUSE_S)
     acknowledged = sum(link.acknowledged for link in links)
     pipe.send(Published(len(store), acknowledged, began_s, time.monotonic(), 0.0, 0))
     pipe.recv()  # stay, so that the CPU time can be read

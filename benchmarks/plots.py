@@ -6,6 +6,7 @@ in the extra `bench`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from benchmarks.contestants.bridge import Bridge
 from benchmarks.results import Results, figures
+from benchmarks.verdict import LATENCY_RATE
 
 FOLDER = Path(__file__).with_name("plots")
 WIDTH = 8.6
@@ -55,7 +57,7 @@ def draw(results: Results, source: str, folder: Path = FOLDER) -> list[Path]:
                 figure = paint(results, theme)
                 if figure is not None:
                     metadata = {"Date": None, "Creator": "python -m benchmarks report", "Source": source}
-                    figure.savefig(path, format="svg", transparent=True, bbox_inches="tight", metadata=metadata)
+                    figure.savefig(path, format="svg", transparent=True, metadata=metadata)
                     written.append(path)
     return written
 
@@ -69,10 +71,13 @@ def _style(theme: Theme) -> dict[str, Any]:
         "text.color": theme.text,
         "axes.labelcolor": theme.muted,
         "axes.edgecolor": theme.grid,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
+        "figure.constrained_layout.use": True,
+        "figure.constrained_layout.h_pad": 0.08,
+        "figure.titlesize": 11,
+        "figure.titleweight": "bold",
+        "axes.titlesize": 10,
         "axes.titlelocation": "left",
-        "axes.titlepad": 12,
+        "axes.titlecolor": theme.text,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.axisbelow": True,
@@ -90,19 +95,25 @@ def _style(theme: Theme) -> dict[str, Any]:
 
 def _cpu(results: Results, theme: Theme) -> Figure | None:
     systems = _systems(results)
-    values = {name: it["cpu_us"]["system"]["median"] for name, it in systems.items()}
-    title = "CPU of the system itself, microseconds a message (less is better)"
-    return _bars(values, theme, title, lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
+    values = {_labelled(name, it): it["cpu_us"]["system"]["median"] for name, it in systems.items()}
+    title = "CPU of the system itself, microseconds a message (less is better; logarithmic scale)"
+    return _bars(values, theme, title, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}")
 
 
 def _throughput(results: Results, theme: Theme) -> Figure | None:
-    values = {name: it["per_s"]["median"] for name, it in _systems(results).items()}
+    values = {_labelled(name, it): it["per_s"]["median"] for name, it in _systems(results).items()}
     load = figures(results, "full-load")
     for index, it in {} if load is None else load["indexes"].items():
         named = {"default": "default index", "brin": "BRIN", "none": "no index"}[index]
-        values[f"{Bridge.name} on the feed, {named}"] = it["per_s"]["median"]
-    title = "Messages stored a second; through Mosquitto, unless it says otherwise (more is better)"
+        values[f"{Bridge.name}, fed directly, {named}"] = it["per_s"]["median"]
+    title = "Messages stored a second, through Mosquitto or fed directly (more is better; logarithmic scale)"
     return _bars(values, theme, title, lambda value: f"{value:,.0f}", rising=False)
+
+
+def _labelled(name: str, it: dict[str, Any]) -> str:
+    """With what it makes of a message: a row is a good deal less work than four."""
+    rows = it["rows_per_message"]
+    return f"{name}, {rows} row{'s' if rows > 1 else ''}"
 
 
 def _systems(results: Results) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def _bars(
     if not values:
         return None
     names = sorted(values, key=lambda name: values[name], reverse=rising)
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.36 * len(names)))
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(names)))
     axes = figure.subplots()
     colours = [theme.ours if name.startswith(Bridge.name) else theme.others for name in names]
     axes.barh(names, [values[name] for name in names], color=colours, height=0.66)
@@ -134,8 +145,12 @@ def _bars(
     axes.xaxis.set_major_formatter(_plain())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    figure.suptitle(title, x=0.0, ha="left", fontsize=11, fontweight="bold", y=1.0)
+    _title(figure, title)
     return figure
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.012, ha="left")
 
 
 # -- lines
@@ -147,22 +162,23 @@ def _latency(results: Results, theme: Theme) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 3.6))
     axes = figure.subplots()
-    styles = ("--", "-", ":")
-    for (rate, at), style in zip(found["rates"].items(), styles, strict=False):
+    colours = itertools.cycle((theme.others, theme.third))
+    for rate, at in found["rates"].items():
+        colour = theme.ours if rate == LATENCY_RATE else next(colours)
         points = at["latency_ms"]["distribution"]
         shares = [100 * number / (len(points) - 1) for number in range(len(points))]
         label = f"{int(rate):,} messages/s: p50 {at['latency_ms']['p50']:.1f} ms, p99 {at['latency_ms']['p99']:.1f} ms"
-        axes.plot(points, shares, style, color=theme.ours, linewidth=1.8, label=label)
-    commits = [at["commit_ms"]["p99"] for at in found["rates"].values()]
-    axes.axvspan(min(commits), max(commits), color=theme.others, alpha=0.35, linewidth=0, label="empty commit, p99")
+        axes.plot(points, shares, color=colour, linewidth=1.8, label=label)
+        axes.axvline(at["commit_ms"]["p99"], color=colour, linewidth=1.2, linestyle="--")
+    axes.plot([], [], color=theme.muted, linewidth=1.2, linestyle="--", label="p99 of an empty commit in the same run")
     _log_axis(axes)
     axes.set_ylim(0, 100)
     axes.set_yticks([0, 25, 50, 75, 99])
     axes.grid(visible=True)
     axes.set_xlabel("milliseconds from publishing to the row being visible")
     axes.set_ylabel("per cent of the rows")
-    axes.set_title("Latency through Mosquitto", color=theme.text)
-    axes.legend(loc="upper left", fontsize=9)
+    axes.legend(loc="lower right", fontsize=9)
+    _title(figure, "Latency through Mosquitto")
     return figure
 
 
@@ -184,7 +200,7 @@ def _curves(results: Results, theme: Theme) -> Figure | None:
     if not curves:
         return None
     columns = 3 if len(curves) > 2 else len(curves)
-    figure = Figure(figsize=(WIDTH, 2.7 * -(-len(curves) // columns)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.4 + 2.5 * -(-len(curves) // columns)))
     grid = figure.subplots(-(-len(curves) // columns), columns, squeeze=False)
     for axes in grid.flat[len(curves) :]:
         axes.set_visible(False)
@@ -208,7 +224,7 @@ def _curves(results: Results, theme: Theme) -> Figure | None:
             axes.set_ylabel("CPU us/message")
         if number == 0:
             axes.legend(fontsize=8.5, loc="best")
-    figure.suptitle("What a message costs", x=0.0, ha="left", fontsize=11, fontweight="bold", color=theme.text)
+    _title(figure, "What a message costs")
     return figure
 
 
@@ -221,7 +237,7 @@ def _memory(results: Results, theme: Theme) -> Figure | None:
     found = {name: it for name in ("outage", "backlog") if (it := figures(results, name)) is not None}
     if not found:
         return None
-    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2))
     grid = figure.subplots(1, len(found), squeeze=False, sharey=True, width_ratios=[3, 2][: len(found)])
     for axes, (name, it) in zip(grid.flat, found.items(), strict=True):
         samples, marks = it["memory"]["samples"], it["memory"]["marks"]
@@ -230,14 +246,15 @@ def _memory(results: Results, theme: Theme) -> Figure | None:
         if name == "outage":
             axes.axvspan(marks["away"] / unit, marks["back"] / unit, color=theme.shade, linewidth=0)
             axes.axvline(marks["caught up"] / unit, color=theme.muted, linewidth=1, linestyle="--")
-            axes.set_title(f"The database is away, {it['rate']:,} messages/s", color=theme.text, fontsize=10)
+            axes.set_title(f"The database is away, {it['rate']:,} messages/s")
         else:
             axes.axvline(marks["drained"] / unit, color=theme.muted, linewidth=1, linestyle="--")
-            axes.set_title(f"A backlog of {it['messages']:,} messages", color=theme.text, fontsize=10)
-        axes.set_ylim(bottom=0)
+            axes.set_title(f"A backlog of {it['messages']:,} messages")
         axes.grid(visible=True)
         axes.set_xlabel("minutes (dashed: all is stored)" if unit == 60 else "seconds (dashed: all is stored)")
-    grid.flat[0].set_ylabel("MB of memory")
+    grid.flat[0].set_ylabel("MB")
+    grid.flat[0].set_ylim(0, 1.15 * max(mb for it in found.values() for _, mb in it["memory"]["samples"]))
+    _title(figure, "Memory of the bridge")
     return figure
 
 

@@ -1,7 +1,8 @@
 """Where the bridge's time goes: py-spy looks at it, a hundred times a second and more, under full load on the feed.
 
 Two recordings of the same load, one after the other: a flame graph (`profile.svg`), and the stacks as text, of which
-the summary is made (`profile.txt`): the functions in which most time is spent, by thread, without what waits.
+the summary is made (`profile.txt`): the functions in which most time is spent, by thread, without what waits. To py-spy
+a thread that waits for the interpreter's lock, or has just been woken, is busy: `--gil` leaves that out.
 """
 
 from __future__ import annotations
@@ -91,5 +92,6 @@ def _leaves(stacks: str) -> Iterator[tuple[str, str, int]]:
         parts = frames.split(";")
         threads = [part for part in parts if part.startswith("thread")]
         thread = threads[0].partition(": ")[2] or threads[0] if threads else "all threads"
-        function = parts[-1].rpartition(":")[0] or parts[-1]  # one line for a function, not one for each of its lines
-        yield thread, function.rstrip(" ("), int(count)
+        # `function (file:line)`: all lines of a function are one.
+        function, _, file = parts[-1].partition(" (")
+        yield thread, f"{function} ({file.partition(':')[0]})" if file else function, int(count)

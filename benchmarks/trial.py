@@ -91,6 +91,8 @@ def on_feed(
                 _wait_for_acknowledgements(feed, load.messages, say)
                 stored, ended_s = wait_until_stored(system, connection, load.messages, say)
                 cpu, progress = meter.read(), feed.progress()
+                if during is not None:
+                    cpu.pop(system.name)  # of several processes, which were killed: nobody has counted it
                 if stored == load.messages and progress.acknowledged_s is not None:
                     ended_s = min(ended_s, progress.acknowledged_s)  # seen at the first look: it was there before
                 assert progress.began_s is not None

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client import ProcessCollector
 
+from benchmarks import documents
 from mqtt_bridge import cli, errors
 from mqtt_bridge import settings as settings_module
 from mqtt_bridge.metrics import METRICS
@@ -29,7 +30,8 @@ from mqtt_bridge.tools.explain import explain
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mqtt_bridge"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tests").rglob("*.md")])
+FOLDERS = [ROOT, ROOT / "docs", ROOT / "benchmarks"]
+DOCUMENTS = sorted([*(path for folder in FOLDERS for path in folder.glob("*.md")), *(ROOT / "tests").rglob("*.md")])
 COMMANDS = cli.group.commands
 
 # --- Generated blocks ------------------------------------------------------------------------------------------------
@@ -155,6 +157,16 @@ def _bare(cell: str) -> str:
     return cell.removeprefix("`").removesuffix("`")
 
 
+def how_fast(_: list[list[str]]) -> list[str]:
+    """The latest results of the benchmarks, in short."""
+    return documents.content("how-fast")
+
+
+def results(_: list[list[str]]) -> list[str]:
+    """All of them."""
+    return documents.content("results")
+
+
 GENERATORS: dict[str, Callable[[list[list[str]]], list[str]]] = {
     "settings": settings_table,
     "commands": commands_table,
@@ -164,6 +176,8 @@ GENERATORS: dict[str, Callable[[list[list[str]]], list[str]]] = {
     "connect": connect_table,
     "sqlstates": sqlstates_table,
     "refusals": refusals_table,
+    "how-fast": how_fast,
+    "results": results,
 }
 
 
