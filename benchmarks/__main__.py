@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ QUICK_FOLDER = machine.ROOT / "build" / "benchmarks"
 @click.option("--contestant", multiple=True, metavar="NAME", help="Only these systems side by side.")
 @click.option("--rounds", type=click.IntRange(1), help="Medians are of so many rounds (5).")
 @click.option("--outage-minutes", type=click.FloatRange(min=0.01), help="How long the database is away (10).")
+@click.option("--cores", type=click.IntRange(1), help="Only so many cores for everything, servers included.")
 @click.option("--list", "listing", is_flag=True, help="Name the measurements and the systems, and end.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the result file.")
 @click.pass_context
@@ -38,6 +40,7 @@ def main(
     contestant: tuple[str, ...],
     rounds: int | None,
     outage_minutes: float | None,
+    cores: int | None,
     listing: bool,
     out: Path | None,
 ) -> None:
@@ -67,11 +70,14 @@ def main(
     chosen = _chosen(only, MEASUREMENTS, "--only")
     systems = _chosen(contestant, contestants, "--contestant")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+    if cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # and so of all that is started from here
     folder = out or (results.FOLDER if scale.name == "full" else QUICK_FOLDER)
     line = LiveLine()
     with Servers() as servers:
         commit, dirty = machine.commit()
-        begun = results.fresh(commit=commit, dirty=dirty, scale=scale.name, machine=machine.describe(servers))
+        described = machine.describe(servers)
+        begun = results.fresh(commit=commit, dirty=dirty, scale=scale.name, cores=cores, machine=described)
         path, found = results.open_or_begin(folder, begun)
         bench = Bench(servers, scale, {name: contestants[name] for name in systems}, line.say)
         for name in chosen:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import multiprocessing
 import select
+import signal
 import socket
 import time
 from collections import deque
@@ -103,6 +104,7 @@ class Feed:
 
 
 def _serve(pipe: Connection, load: Load, protocol: int, window: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us hears it as well, and ends us
     _Server(pipe, load, protocol=protocol, window=window).run()
 
 

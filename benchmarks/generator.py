@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import select
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -99,6 +100,7 @@ class Paced(_Generator):
 
 
 def _flood(pipe: Connection, port: int, load: Load) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us hears it as well, and ends us
     store = packets(load, protocol=4)
     links = []
     for number in range(CONNECTIONS):
@@ -163,6 +165,7 @@ class _Link:
 
 
 def _paced(pipe: Connection, port: int, rate: float, duration_s: float, probe_share: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = _connect(port, "bench-paced")
     connection.setblocking(False)
     pipe.send("ready")

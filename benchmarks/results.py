@@ -1,6 +1,6 @@
 """The raw results: one JSON file for a commit, `DATE-COMMIT.json`. Parts that are measured again replace the old ones.
 
-{"format": 1, "commit", "dirty", "scale", "machine": {...},
+{"format": 1, "commit", "dirty", "scale", "cores" (null: all of them), "machine": {...},
  "measurements": {NAME: {"measured_at", "seconds", "load_before", "figures": {...}}}, "verdict": [...]}
 """
 
@@ -17,13 +17,14 @@ FORMAT = 1
 Results = dict[str, Any]
 
 
-def fresh(*, commit: str, dirty: bool, scale: str, machine: dict[str, Any]) -> Results:
+def fresh(*, commit: str, dirty: bool, scale: str, machine: dict[str, Any], cores: int | None = None) -> Results:
     """Results without any measurement."""
     return {
         "format": FORMAT,
         "commit": commit,
         "dirty": dirty,
         "scale": scale,
+        "cores": cores,
         "machine": machine,
         "measurements": {},
         "verdict": [],
@@ -37,13 +38,12 @@ def figures(results: Results, name: str) -> dict[str, Any] | None:
 
 
 def open_or_begin(folder: Path, begun: Results) -> tuple[Path, Results]:
-    """The file of the same commit, state and scale with what is in it, else a new one for today."""
-    for path in sorted(folder.glob(f"*-{_state(begun)}.json"), reverse=True):
+    """The file of the same commit and conditions with what is in it, else a new one for today."""
+    for path in sorted(folder.glob("*.json"), reverse=True):
         found = read(path)
-        if found["format"] == FORMAT and found["scale"] == begun["scale"]:
+        if all(found.get(name) == begun[name] for name in _CONDITIONS):
             return path, found | {"machine": begun["machine"]}
-    scale = "" if begun["scale"] == "full" else f"-{begun['scale']}"
-    return folder / f"{datetime.now(UTC):%Y-%m-%d}{scale}-{_state(begun)}.json", begun
+    return folder / f"{datetime.now(UTC):%Y-%m-%d}-{_name(begun)}.json", begun
 
 
 def write(path: Path, results: Results) -> None:
@@ -61,10 +61,25 @@ def read(path: Path) -> Results:
 
 
 def latest(folder: Path = FOLDER) -> Path | None:
-    """The newest file of a full run, by its name; None where there is none."""
-    found = [path for path in sorted(folder.glob("*.json")) if read(path)["scale"] == "full"]
-    return found[-1] if found else None
+    """The file of the newest full run on all cores; None where there is none."""
+    found = [(path, read(path)) for path in folder.glob("*.json")]
+    full = {path: _newest(content) for path, content in found if content["scale"] == "full" and not content["cores"]}
+    return max(full, key=lambda path: full[path]) if full else None
 
 
-def _state(results: Results) -> str:
-    return results["commit"] + ("-dirty" if results["dirty"] else "")
+_CONDITIONS = ("format", "commit", "dirty", "scale", "cores")
+"""What has to be equal for figures to stand in one file."""
+
+
+def _newest(results: Results) -> str:
+    return max((str(part["measured_at"]) for part in results["measurements"].values()), default="")
+
+
+def _name(results: Results) -> str:
+    parts = [
+        results["commit"],
+        "dirty" if results["dirty"] else "",
+        "" if results["scale"] == "full" else results["scale"],
+        f"{results['cores']}-cores" if results["cores"] else "",
+    ]
+    return "-".join(filter(None, parts))

@@ -41,7 +41,7 @@ class Scale:
 FULL = Scale(
     name="full",
     rounds=5,
-    feed_messages=300_000,
+    feed_messages=500_000,
     reference_messages=50_000,
     broker_messages=200_000,
     side_by_side_messages=200_000,

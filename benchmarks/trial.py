@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -128,23 +128,16 @@ def through_broker(
                 return _outcome(system, load, connection, stored, ended_s - published.began_s, cpu, notes)
 
 
-class _started:
+@contextmanager
+def _started(system: Contestant, stage: Stage, prepare: Prepare | None) -> Iterator[None]:
     """The system on its stage, ended whatever happens."""
-
-    def __init__(self, system: Contestant, stage: Stage, prepare: Prepare | None) -> None:
-        self._system, self._stage, self._prepare = system, stage, prepare
-
-    def __enter__(self) -> None:
-        try:
-            if self._prepare is not None:
-                self._prepare(self._stage.dsn)
-            self._system.start(self._stage)
-        except BaseException:
-            self._system.stop()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._system.stop()
+    try:
+        if prepare is not None:
+            prepare(stage.dsn)
+        system.start(stage)
+        yield
+    finally:
+        system.stop()
 
 
 def _backend(connection: Any) -> int:
@@ -171,18 +164,21 @@ def wait_until_stored(
     limit_s: float = LIMIT_S,
     flood: Flood | None = None,
 ) -> tuple[int, float]:
-    """How many messages the database holds, and when it was first seen to hold them.
+    """How many messages the database holds in the end, and since when.
 
-    Looks in pauses that are five times as long as a look: the end is seen that much too late, in the worst case.
+    It looks in pauses that are five times as long as a look, which takes a while among millions of rows. Between the
+    last two looks the rate is taken to be what it was between the last two before.
     """
     began_s = seen_s = time.monotonic()
-    stored = -1
+    stored, per_s = -1, 0.0
     while True:
         asked_s = time.monotonic()
         found = system.count(connection)
         now_s = time.monotonic()
         if found != stored:
-            stored, seen_s = found, now_s
+            complete_s = seen_s + (messages - stored) / per_s if per_s else now_s
+            per_s = (found - stored) / (now_s - seen_s) if stored > 0 else 0.0
+            stored, seen_s = found, min(now_s, complete_s) if found >= messages else now_s
         say(f"{stored:,} of {messages:,} messages stored")
         sending = flood is not None and flood.finished() is None
         stuck = now_s - seen_s > STUCK_S and not sending

@@ -30,6 +30,8 @@ def measure(bench: Bench) -> dict[str, Any]:
             found[name] = about | _measure(bench, system)
         except Unavailable as reason:
             found[name] = about | {"unavailable": str(reason)}
+        except Exception as error:  # noqa: BLE001 - one of them that fails, however, must not take the others' figures
+            found[name] = about | {"unavailable": f"it failed: {type(error).__name__}: {error}"}
     return {"systems": found}
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from benchmarks.feed import Feed
 from benchmarks.telemetry import Load, remaining_length
-from mqtt_bridge.model import Publish
-from mqtt_bridge.publish_packet import parse
+from tests.mqtt_publish import Publish, read_publish
 from tests.waiting import wait_until
 
 CLEAN, RESUMED = 2, 0
@@ -61,7 +60,7 @@ class Subscriber:
 
     def receive(self, count: int) -> list[Publish]:
         packets = (self.packet() for _ in range(count))
-        return [parse(head, bytearray(body), is_v5=self.protocol == 5) for head, body in packets]
+        return [read_publish(head, body, protocol=self.protocol) for head, body in packets]
 
     def acknowledge(self, *packet_ids: int) -> None:
         self.socket.sendall(b"".join(b"\x40\x02" + number.to_bytes(2, "big") for number in packet_ids))

@@ -14,9 +14,9 @@ import pytest
 from benchmarks import cpu, documents, machine, plots, profile, report, results, verdict
 from benchmarks.contestants import all_contestants
 from benchmarks.telemetry import DEVICES, Load, packets
-from mqtt_bridge.publish_packet import parse
 from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.tools.explain import explain
+from tests.mqtt_publish import read_publish
 
 LOADS = (
     Load(3_000),
@@ -38,9 +38,10 @@ def test_every_packet_stands_at_its_place_and_says_what_its_load_says(load: Load
     assert len(store) == load.messages
     for number in (0, 1, load.messages - 1):
         packet = bytes(store.data[number * store.stride : (number + 1) * store.stride])
-        publish = parse(packet[0], bytearray(body_of(packet)), is_v5=protocol == 5)
+        publish = read_publish(packet[0], body_of(packet), protocol=protocol)
         assert store.data[number * store.stride + store.id_offset :][:2] == b"\x00\x01"
-        assert (publish.packet_id, publish.qos) == (1, 1)
+        assert (publish.packet_id, publish.qos, publish.dup) == (1, 1, False)
+        assert publish.topic == f"bench/device-{number % load.devices:06}/telemetry"
         assert len(publish.payload) == load.payload_bytes
         json.loads(publish.payload)
 
@@ -143,11 +144,21 @@ def test_parts_of_the_same_commit_come_into_one_file_and_those_of_another_into_a
     assert empty["measurements"] == {}
 
 
-def test_quick_results_are_never_the_latest(tmp_path: Path) -> None:
-    path, content = results.open_or_begin(tmp_path, begun() | {"scale": "quick"})
+@pytest.mark.parametrize("condition", [{"scale": "quick"}, {"cores": 2}])
+def test_quick_results_and_those_of_fewer_cores_are_never_the_latest(condition: dict[str, Any], tmp_path: Path) -> None:
+    path, content = results.open_or_begin(tmp_path, begun(crash={}) | condition)
     results.write(path, content)
 
     assert results.latest(tmp_path) is None
+
+
+def test_the_latest_results_are_those_measured_last_whatever_their_names(tmp_path: Path) -> None:
+    old, new = begun(crash={}), begun(crash={})
+    new["measurements"]["crash"]["measured_at"] = "2026-10-02T12:00:00+00:00"
+    results.write(tmp_path / "2026-10-01-ffffffffff.json", old)
+    results.write(tmp_path / "2026-10-01-0000000000.json", new)
+
+    assert results.latest(tmp_path) == tmp_path / "2026-10-01-0000000000.json"
 
 
 # --- Verdict ---------------------------------------------------------------------------------------------------------
