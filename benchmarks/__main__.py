@@ -13,6 +13,7 @@ import structlog
 from benchmarks import documents, machine, results, verdict
 from benchmarks.bench import Bench
 from benchmarks.contestants import all_contestants
+from benchmarks.cpu import Others
 from benchmarks.live_line import LiveLine
 from benchmarks.measurements import MEASUREMENTS
 from benchmarks.scale import SCALES
@@ -82,17 +83,17 @@ def main(
         bench = Bench(servers, scale, {name: contestants[name] for name in systems}, line.say)
         for name in chosen:
             line.part(name)
-            began_s, load = time.monotonic(), machine.load_average()
+            began_s, others = time.monotonic(), Others()
             figures = MEASUREMENTS[name].measure(bench)
             found["measurements"][name] = {
                 "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - began_s, 1),
-                "load_before": load,
+                "others_cores": round(others.cores(), 2),
                 "figures": figures,
             }
             found["verdict"] = verdict.judge(found)
             results.write(path, found)
-            line.done("measured")
+            line.done(f"measured, while others kept {others.cores():.1f} cores busy")
     _print_verdict(found)
     click.echo(f"Written to {path}")
 

@@ -7,6 +7,7 @@ of that clock is 10 ms: a run of seconds is exact to a per cent.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,27 @@ def rss_kb(roots: Iterable[int]) -> int:
     """Resident memory of these trees, shared pages counted in each process."""
     processes = _processes()
     return sum(processes[pid].rss_kb for pid in _trees(processes, roots))
+
+
+class Others:
+    """How many cores were busy with something else since it was made, on average: what figures have to be doubted by.
+
+    Time that the host of a virtual machine took away counts as busy with something else.
+    """
+
+    def __init__(self) -> None:
+        self._began_s, self._before_s = time.monotonic(), self._now_s()
+
+    def cores(self) -> float:
+        """All that was busy, but for this process and its children."""
+        return max(0.0, (self._now_s() - self._before_s) / (time.monotonic() - self._began_s))
+
+    @staticmethod
+    def _now_s() -> float:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        )
+        return (user + nice + system + irq + softirq + steal) / TICKS - cpu_s([os.getpid()])
 
 
 class Meter:

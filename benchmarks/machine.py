@@ -33,11 +33,6 @@ def describe(servers: Servers) -> dict[str, Any]:
     }
 
 
-def load_average() -> float:
-    """Of the last minute: what else was going on, if it was read before a run."""
-    return os.getloadavg()[0]
-
-
 def commit() -> tuple[str, bool]:
     """The commit that is checked out, abbreviated, and whether files differ from it, results left out."""
     try:

@@ -272,13 +272,13 @@ def _verdict(results: Results) -> Lines:
 
 
 def _when(results: Results) -> Lines:
-    """How busy the machine was already tells how far a figure may be trusted."""
+    """How busy the machine was otherwise tells how far a figure may be trusted."""
     made = [
-        f"{name} {it['measured_at'][11:16]} (load {it['load_before']:.1f})"
+        f"{name} {it['measured_at'][11:16]} ({it['others_cores']:.1f})"
         for name in MEASUREMENTS
         if (it := results["measurements"].get(name))
     ]
-    return ["When (UTC), and the load of the machine just before: " + ", ".join(made) + "."]
+    return [f"When each part ended (UTC), and how many cores others kept busy meanwhile: {', '.join(made)}."]
 
 
 # -- Markdown

@@ -1,7 +1,7 @@
 """The raw results: one JSON file for a commit, `DATE-COMMIT.json`. Parts that are measured again replace the old ones.
 
 {"format": 1, "commit", "dirty", "scale", "cores" (null: all of them), "machine": {...},
- "measurements": {NAME: {"measured_at", "seconds", "load_before", "figures": {...}}}, "verdict": [...]}
+ "measurements": {NAME: {"measured_at", "seconds", "others_cores", "figures": {...}}}, "verdict": [...]}
 """
 
 from __future__ import annotations

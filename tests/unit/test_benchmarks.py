@@ -126,7 +126,7 @@ def begun(**parts: Any) -> results.Results:
     }
     fresh = results.fresh(commit="0123456789", dirty=False, scale="full", machine=described)
     for name, figures in parts.items():
-        measured = {"measured_at": "2026-10-01T12:00:00+00:00", "seconds": 1.0, "load_before": 0.1, "figures": figures}
+        measured = {"measured_at": "2026-10-01T12:00:00+00:00", "seconds": 1.0, "others_cores": 0.1, "figures": figures}
         fresh["measurements"][name.replace("_", "-")] = measured
     return fresh
 
