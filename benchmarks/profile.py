@@ -29,6 +29,8 @@ PER_S = 120_000
 """Messages for each second of recording: more than the bridge can take, so that it never runs dry."""
 WARM_UP_S = 1.0
 TOP = 12
+WAITS = 0.95
+"""A thread with this share of its samples in one function waits there, whatever py-spy takes it for."""
 
 
 class ProfileError(click.ClickException):
@@ -78,12 +80,15 @@ def summary(stacks: str, samples: int) -> str:
     threads: dict[str, Counter[str]] = {}
     for thread, leaf, count in _leaves(stacks):
         threads.setdefault(thread, Counter())[leaf] += count
-    lines = []
+    lines, waiting = [], []
     for thread, leaves in sorted(threads.items(), key=lambda item: -item[1].total()):
+        if max(leaves.values()) >= WAITS * leaves.total():
+            waiting.append(thread)
+            continue
         lines.append(f"{thread}: busy in {leaves.total() / samples:.1%} of the samples")
         lines += [f"  {count / samples:6.1%}  {leaf}" for leaf, count in leaves.most_common(TOP)]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([f"found in one place only, so waiting: {', '.join(waiting)}"] if waiting else [])])
 
 
 def _leaves(stacks: str) -> Iterator[tuple[str, str, int]]:

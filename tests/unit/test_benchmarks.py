@@ -314,13 +314,18 @@ def test_the_summary_of_a_profile_adds_up_functions_by_thread() -> None:
     stacks = (
         "process 1;thread (0x1): network;loop (a.py:1);read (b.py:7) 30\n"
         "process 1;thread (0x1): network;loop (a.py:1);read (b.py:9) 20\n"
+        "process 1;thread (0x1): network;write (b.py:1) 5\n"
         "process 1;thread (0x2): worker;copy (c.py:3) 10\n"
+        "process 1;thread (0x2): worker;decode (d.py:3) 10\n"
+        "process 1;thread (0x3): tender;wait (threading.py:3) 90\n"
     )
 
     text = profile.summary(stacks, 100)
 
-    assert "network: busy in 50.0% of the samples\n   50.0%  read (b.py)" in text
-    assert "worker: busy in 10.0% of the samples\n   10.0%  copy (c.py)" in text
+    assert "network: busy in 55.0% of the samples\n   50.0%  read (b.py)" in text
+    assert "worker: busy in 20.0% of the samples\n   10.0%  copy (c.py)" in text
+    assert "so waiting: tender" in text
+    assert "wait (threading.py)" not in text
 
 
 def test_every_system_says_what_it_is_and_its_name_is_its_own() -> None:
