@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import structlog
 
 from benchmarks import documents, machine, results, verdict
 from benchmarks.bench import Bench
+from benchmarks.contestant import Contestant
 from benchmarks.contestants import all_contestants
 from benchmarks.cpu import Others
 from benchmarks.live_line import LiveLine
@@ -137,16 +139,16 @@ def profile(seconds: int, gil: bool, native: bool, out: Path) -> None:
     click.echo(f"Written: {out / 'profile.svg'} and {out / 'profile.txt'}")
 
 
-def _list(contestants: dict[str, object]) -> None:
+def _list(contestants: Mapping[str, Contestant]) -> None:
     click.echo("Measurements (--only):")
     for name, module in MEASUREMENTS.items():
         click.echo(f"  {name:<14}{module.QUESTION}")
     click.echo("Systems (--contestant):")
     for name, system in contestants.items():
-        click.echo(f"  {name:<24}{getattr(system, 'title', '')}")
+        click.echo(f"  {name:<24}{system.title}")
 
 
-def _chosen(asked: tuple[str, ...], known: dict[str, object], option: str) -> list[str]:
+def _chosen(asked: tuple[str, ...], known: Mapping[str, object], option: str) -> list[str]:
     """What was asked for, in the order in which it is run; everything where nothing was."""
     if unknown := sorted(set(asked) - known.keys()):
         raise click.BadParameter(f"there is no {', '.join(unknown)}; one of {', '.join(known)}.", param_hint=option)

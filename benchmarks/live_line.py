@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 
 import click
@@ -14,8 +15,7 @@ class LiveLine:
     """Writes to standard error, so that what is printed on standard output can be kept."""
 
     def __init__(self) -> None:
-        self._stream = click.get_text_stream("stderr")
-        self._is_terminal = self._stream.isatty()
+        self._is_terminal = sys.stderr.isatty()
         self._part = ""
         self._began_s = time.monotonic()
         self._shown_s = 0.0

@@ -53,7 +53,7 @@ def draw(results: Results, source: str, folder: Path = FOLDER) -> list[Path]:
         for theme in THEMES:
             path = folder / f"{name}-{theme.name}.svg"
             path.unlink(missing_ok=True)
-            with mpl.rc_context(_style(theme)):
+            with mpl.rc_context(rc=_style(theme)):
                 figure = paint(results, theme)
                 if figure is not None:
                     metadata = {"Date": None, "Creator": "python -m benchmarks report", "Source": source}
@@ -62,7 +62,7 @@ def draw(results: Results, source: str, folder: Path = FOLDER) -> list[Path]:
     return written
 
 
-def _style(theme: Theme) -> dict[str, Any]:
+def _style(theme: Theme) -> Any:
     return {
         "svg.fonttype": "path",
         "svg.hashsalt": "mqtt-bridge",
@@ -230,7 +230,7 @@ def _curves(results: Results, theme: Theme) -> Figure | None:
 
 def _is_wide(points: list[Any]) -> bool:
     values = [point["outcome"]["cpu_us"][role] for point in points for role in ("system", "postgres")]
-    return min(values) > 0 and max(values) / min(values) > 20
+    return bool(min(values) > 0 and max(values) / min(values) > 20)
 
 
 def _memory(results: Results, theme: Theme) -> Figure | None:

@@ -13,6 +13,7 @@ from benchmarks.contestant import REFERENCE
 from benchmarks.contestants.bridge import Bridge
 from benchmarks.measurements import MEASUREMENTS
 from benchmarks.results import Results, figures, latest, read
+from benchmarks.telemetry import DEVICES, READINGS, Load
 
 Lines = list[str]
 
@@ -22,6 +23,14 @@ INDEXES = {
     "brin": "BRIN on time",
     "none": "none",
 }
+PICTURES = {
+    "cpu": ("side-by-side",),
+    "throughput": ("side-by-side", "full-load"),
+    "latency": ("latency",),
+    "curves": ("curves",),
+    "memory": ("outage", "backlog"),
+}
+"""What each plot is drawn of."""
 CURVES = {
     "devices": "Topics",
     "readings": "Readings a message",
@@ -41,13 +50,13 @@ def how_fast(path: Path | None = None) -> Lines:
         *_measured_on(results, path),
         "",
         *_section("Through Mosquitto, beside others, one after the other in one run:", _systems(results)),
-        *_picture("cpu", "CPU time a message, by system"),
+        *_picture(results, "cpu", "CPU time a message, by system"),
         *_section(
             "On a feed that is faster than any broker, so that the bridge and PostgreSQL are the limit:",
             _full_load(results),
         ),
         *_section("From publishing to the row being visible to others, through Mosquitto:", _latency(results)),
-        *_picture("memory", "Memory while the database is away"),
+        *_picture(results, "memory", "Memory while the database is away"),
         "[benchmarks/README.md](benchmarks/README.md) says how it was measured and with which bias;",
         "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) has everything, and what of it falls short.",
     ]
@@ -62,12 +71,15 @@ def everything(path: Path | None = None) -> Lines:
     results = read(path)
     parts: list[tuple[str, Lines]] = [
         ("What the project asks of itself", _verdict(results)),
-        ("Side by side", [*_systems(results), "", *_unavailable(results), "", *_picture("throughput", "Messages/s")]),
+        (
+            "Side by side",
+            [*_systems(results), "", *_unavailable(results), "", *_picture(results, "throughput", "Rates")],
+        ),
         ("Full load", [*_full_load(results), "", *_to_reference(results)]),
         ("Killed in the middle", _crash(results)),
         ("Through Mosquitto", _through_mosquitto(results)),
-        ("Latency", [*_latency(results), "", *_picture("latency", "Latency"), *_watcher(results)]),
-        ("What the cost depends on", [*_curves(results), "", *_picture("curves", "Cost of a message")]),
+        ("Latency", [*_latency(results), "", *_picture(results, "latency", "Latency"), *_watcher(results)]),
+        ("What the cost depends on", [*_curves(results), "", *_picture(results, "curves", "Cost of a message")]),
         ("Memory", _memory(results)),
     ]
     lines = [*_measured_on(results, path), "", *_when(results)]
@@ -88,8 +100,15 @@ def _measured_on(results: Results, path: Path) -> Lines:
         f"and bridge, {machine['memory_gb']:g} GB; {machine['kernel']}, {machine['python']},"
         f" PostgreSQL {machine['postgres']['server_version']} with its defaults,",
         f"Mosquitto {machine['mosquitto']}, paho-mqtt {packages['paho-mqtt']}."
-        " Messages of 83 bytes, 4 readings, 1,000 topics, QoS 1.",
+        f" Messages of {Load(1).payload_bytes} bytes, {READINGS} readings, {DEVICES:,} topics, QoS 1.",
+        *_meanwhile(results),
     ]
+
+
+def _meanwhile(results: Results) -> Lines:
+    """What the machine did besides: figures of a busy one say little."""
+    others = [part["others_cores"] for part in results["measurements"].values()]
+    return [f"Others kept {max(others):.1f} cores busy meanwhile, at most."] if others else []
 
 
 def _systems(results: Results) -> Lines:
@@ -263,7 +282,7 @@ def _memory(results: Results) -> Lines:
             f"* A backlog of {found['messages']:,} messages in Mosquitto: {most['started']:.0f} MB at most,"
             f" worked off at {_rounded(found['per_s'])} messages/s, {found['stored']:,} stored.",
         ]
-    return [*lines, "", *_picture("memory", "Memory over time")] if lines else []
+    return [*lines, "", *_picture(results, "memory", "Memory over time")] if lines else []
 
 
 def _verdict(results: Results) -> Lines:
@@ -288,9 +307,9 @@ def _section(title: str, content: Lines) -> Lines:
     return [title, "", *content, ""] if content else []
 
 
-def _picture(name: str, text: str) -> Lines:
-    """A picture for each theme; `placed` says where it is, seen from the document."""
-    return [f"PICTURE {name} {text}", ""]
+def _picture(results: Results, name: str, text: str) -> Lines:
+    """A picture for each theme, where there is something to draw; `placed` says where it is, seen from the document."""
+    return [f"PICTURE {name} {text}", ""] if any(figures(results, part) for part in PICTURES[name]) else []
 
 
 def placed(lines: Iterable[str], *, folder: str) -> Lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -281,12 +282,24 @@ def test_tables_are_of_the_file(tmp_path: Path) -> None:
 
 
 def test_plots_are_drawn_of_what_was_measured_for_both_themes(tmp_path: Path) -> None:
-    drawn = plots.draw(begun(side_by_side=WELL["side_by_side"]), "results.json", tmp_path)
+    drawn = plots.draw(begun(side_by_side=WELL["side_by_side"]), "results.json", tmp_path / "plots")
 
     assert {path.name for path in drawn} == {
         f"{name}-{theme}.svg" for name in ("cpu", "throughput") for theme in ("light", "dark")
     }
     assert all("results.json" in path.read_text() for path in drawn)
+
+
+def test_every_picture_that_is_shown_is_drawn(tmp_path: Path) -> None:
+    found = begun(side_by_side=WELL["side_by_side"])
+    path = tmp_path / "2026-10-01-0123456789.json"
+    results.write(path, found)
+
+    drawn = {picture.name for picture in plots.draw(found, path.name, tmp_path / "plots")}
+    shown = set(re.findall(r"plots/([a-z-]+\.svg)", "\n".join(documents.content("results", path))))
+
+    assert "throughput-dark.svg" in shown
+    assert shown <= drawn
 
 
 def test_plots_that_are_committed_are_of_the_latest_results() -> None:
