@@ -119,7 +119,6 @@ def _systems(results: Results) -> Lines:
     rows = []
     for name in ordered:
         it = systems[name]
-        trial = it["trials"][0]
         shown = f"**{name}**" if name == Bridge.name else name
         rows.append(
             (
@@ -128,7 +127,7 @@ def _systems(results: Results) -> Lines:
                 _us(it["cpu_us"]["system"]),
                 _us(it["cpu_us"]["postgres"]),
                 str(it["rows_per_message"]),
-                _held(trial),
+                _held(it["trials"]),
                 it["guarantees"],
             )
         )
@@ -136,10 +135,9 @@ def _systems(results: Results) -> Lines:
     return _table(header, rows)
 
 
-def _held(trial: dict[str, Any]) -> str:
-    if trial["stored"] == trial["messages"]:
-        return f"all of {trial['messages']:,}"
-    return f"{trial['stored']:,} of {trial['messages']:,}"
+def _held(trials: list[dict[str, Any]]) -> str:
+    stored, messages = (sum(trial[name] for trial in trials) for name in ("stored", "messages"))
+    return f"all of {messages:,}" if stored == messages else f"{stored:,} of {messages:,}"
 
 
 def _unavailable(results: Results) -> Lines:

@@ -18,6 +18,8 @@ class Scale:
     """For the reference on the feed, which is several times slower."""
     broker_messages: int
     side_by_side_messages: int
+    side_by_side_rounds: int
+    """For the fast systems."""
     side_by_side_s: float
     """Longest that one system is given."""
     latency_rates: tuple[int, ...]
@@ -45,6 +47,7 @@ FULL = Scale(
     reference_messages=50_000,
     broker_messages=200_000,
     side_by_side_messages=200_000,
+    side_by_side_rounds=3,
     side_by_side_s=90.0,
     latency_rates=(100, 1_000, 5_000),
     latency_s=30.0,
@@ -72,6 +75,7 @@ QUICK = replace(
     reference_messages=10_000,
     broker_messages=30_000,
     side_by_side_messages=20_000,
+    side_by_side_rounds=1,
     side_by_side_s=20.0,
     latency_rates=(1_000,),
     latency_s=4.0,
