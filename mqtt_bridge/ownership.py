@@ -94,7 +94,8 @@ INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch, spoo
 VALUES (%(client_id)s, greatest((extract(epoch FROM clock_timestamp()) * 1000)::bigint, %(spooled_epoch)s + 1),
   %(session_epoch)s, %(spool_id)s, %(member_of)s)
 ON CONFLICT (client_id) DO UPDATE SET owner_epoch = greatest(o.owner_epoch + 1, excluded.owner_epoch),
-  last_seen = now(), spool_id = %(spool_id)s, member_of = coalesce(%(member_of)s, o.member_of), session_epoch = greatest(o.session_epoch, %(session_epoch)s),
+  last_seen = now(), spool_id = %(spool_id)s, member_of = coalesce(%(member_of)s, o.member_of),
+  session_epoch = greatest(o.session_epoch, %(session_epoch)s),
   subscriptions = CASE WHEN o.session_epoch >= %(session_epoch)s THEN o.subscriptions END
 RETURNING owner_epoch, session_epoch, subscriptions, retained_seen
 """
@@ -194,8 +195,7 @@ class SpoolLeft(BridgeError):
     def __init__(self, client_id: str, spool_id: str) -> None:
         super().__init__(
             f"{client_id!r} may still have messages in a disk buffer ({spool_id}), which were acknowledged and are not"
-            " in the database yet. Start a bridge under this client id, with its BRIDGE_SPOOL_DIR, until the buffer is"
-            " empty; then retire it."
+            " in the database yet. Stop its bridge, set BRIDGE_SPOOL_DIR to that buffer, and retire it again."
         )
 
 

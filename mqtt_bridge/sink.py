@@ -108,7 +108,7 @@ class Sink:
     def open(self, *, create: bool, spool: SpoolAtHand = NO_SPOOL, member_of: str | None = None) -> Claim:
         """Wait for the database, make sure of the schema, and take over the client id.
 
-        `member_of` as for `ownership.claim`. Raises `SpoolElsewhere` as `ownership.claim` does, and `Stopped` by `stop`.
+        `member_of` is that of `ownership.claim`. Raises `SpoolElsewhere` as that does, and `Stopped` by `stop`.
         """
         claim = self._persist(lambda connection: self._open(connection, spool, member_of, create=create))
         self._transactions.owner_epoch = claim.owner_epoch
