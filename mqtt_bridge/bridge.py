@@ -242,6 +242,10 @@ class Bridge:
         """What `/metrics` is made from."""
         return self._health.observe()
 
+    def unhealthy(self) -> list[str]:
+        """Why this process should be restarted."""
+        return self._health.unhealthy_reasons()
+
     @property
     def owner_epoch(self) -> int:
         """Under which this process owns its client id; 0 before it does."""
