@@ -18,8 +18,8 @@ from mqtt_bridge.spool import FILE_NAME, Spool, SpoolError, SpoolInUse
 from mqtt_bridge.tools.findings import Finding
 
 
-def check_spool(settings: Settings) -> Iterator[Finding]:
-    """Whether the directory can be used, and has the room that it may take."""
+def check_spool(settings: Settings, *, processes: int = 1) -> Iterator[Finding]:
+    """Whether the directory can be used, and its disk has the room that the spools of all processes may take."""
     directory = settings.bridge_spool_dir
     if directory is None:
         return
@@ -29,8 +29,8 @@ def check_spool(settings: Settings) -> Iterator[Finding]:
         return
     yield _content(settings, directory)
     free_mb = shutil.disk_usage(place).free >> 20
-    if settings.bridge_spool != "off" and free_mb < settings.bridge_spool_max_mb:
-        cap = f"BRIDGE_SPOOL_MAX_MB={settings.bridge_spool_max_mb}"
+    if settings.bridge_spool != "off" and free_mb < processes * settings.bridge_spool_max_mb:
+        cap = f"BRIDGE_SPOOL_MAX_MB={settings.bridge_spool_max_mb}{f', {processes} times' if processes > 1 else ''}"
         yield Finding("warning", f"{cap}: its disk has {free_mb} MiB left. Free space, or lower it.")
 
 
