@@ -27,6 +27,7 @@ from mqtt_bridge.errors import BridgeError, Fenced, SettingsError, classify
 from mqtt_bridge.former_members import FormerMembers
 from mqtt_bridge.last_resort import OwnProcess
 from mqtt_bridge.leash import Answer, Leash
+from mqtt_bridge.membership import settings_of
 from mqtt_bridge.settings import Settings, inheritance, load, unknown_names, with_client_id
 from mqtt_bridge.supervisor import Commands, Supervisor
 from mqtt_bridge.tools.dead_letter_commands import dead_letters
@@ -422,7 +423,10 @@ def retire(client_id: str, quiet: float, yes: bool, leash: int | None) -> None:
 
     if not yes and not sys.stdin.isatty():
         raise click.UsageError("nobody is there to be asked: give --yes")
-    settings = with_client_id(load(), client_id)
+    configured = load()
+    settings = with_client_id(configured, client_id)
+    if configured.bridge_processes > 1:  # one of its processes, most likely: in its group, with its disk
+        settings = settings_of(configured, client_id)
     logs.configure("error" if settings.log_level == "error" else "warning", settings.log_format)
     line = retiring.ProgressLine(sys.stderr)
     with line, closing(retiring.Retirement(settings, quiet_s=quiet, show=line.show, say=line.say)) as retirement:
