@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.traffic import Publisher, query, wait_until_stored
-from tests.program import Program
+from tests.acceptance.traffic import Publisher, compare, query, wait_until_stored
+from tests.program import Program, run_command
 from tests.waiting import wait_until
 
 
@@ -402,3 +402,25 @@ def test_two_bridges_of_one_group_share_the_messages_and_one_that_is_killed_gets
     assert sum(stored) == 2000
     assert min(stored) >= 0.9 * 1000
     assert one.stop() == other.stop() == 0
+
+
+def test_a_client_id_of_several_can_be_retired_by_hand_with_the_settings_of_the_bridge(
+    make_several, database, own_broker, site, tmp_path
+):
+    broker = own_broker()
+    spool = {"BRIDGE_SPOOL": "always", "BRIDGE_SPOOL_DIR": tmp_path / "spool"}
+    program = make_several(database, broker, **spool).start().wait_until_ready()
+    children = pids(program)
+    program.kill()
+    wait_until(lambda: not any(map(exists, children.values())), timeout_s=40, what="the processes to end")
+    query(database, "UPDATE mqtt_bridge.owners SET subscriptions = NULL")  # as if it had not come to note them
+    with Publisher(broker, site) as publisher:
+        publisher.publish(500)
+        publisher.settle()
+
+        for client_id in ("hall-1", "hall-2"):
+            ended = run_command(tmp_path, "retire", client_id, "--yes", "--quiet", "1", **program.settings)
+            assert ended.returncode == 0, ended.stderr
+
+    assert compare(database, publisher.published).exact
+    assert owners(database) == set()
