@@ -120,7 +120,12 @@ def _run_one(settings: Settings, abandon_spool: str | None) -> int:
     )
     commands = Commands(settings, inheritance())
     former = FormerMembers(settings, commands.retire, ready=lambda: bridge.observe().ready)
-    with _stopping(bridge.request_stop):
+
+    def request_stop() -> None:
+        former.request_stop()
+        bridge.request_stop()
+
+    with _stopping(request_stop):
         former.start()
         try:
             return bridge.run()

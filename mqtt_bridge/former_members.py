@@ -18,7 +18,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 
 import psycopg2
 import structlog
@@ -59,9 +59,13 @@ class FormerMembers:
         """Start the thread; once."""
         self._thread.start()
 
-    def stop(self, timeout_s: float = LEAVE_S) -> None:
-        """Interrupt what is being done; it is gone on with at the next start. Safe when never started."""
+    def request_stop(self) -> None:
+        """Have what is being done interrupted; it is gone on with at the next start."""
         self._stopping.set()
+
+    def stop(self, timeout_s: float = LEAVE_S) -> None:
+        """The same, and wait for it. Idempotent, safe when never started."""
+        self.request_stop()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
@@ -137,7 +141,8 @@ class FormerMembers:
         """When it is time to stop, tell the command so, and end it if it does not obey."""
         while process.poll() is None:
             if self._stopping.wait(LOOK_EVERY_S):
-                leash.send(STOP)
+                with suppress(OSError):  # it has just ended by itself
+                    leash.send(STOP)
                 try:
                     process.wait(LEAVE_S / 2)
                 except subprocess.TimeoutExpired:

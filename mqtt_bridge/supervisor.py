@@ -114,6 +114,7 @@ class Supervisor:
 
     def _shut_down(self) -> int:
         log.info("stopping", processes=len(self._members))
+        self._former.request_stop()
         for member in self._members:
             member.request_stop()
         self._former.stop()

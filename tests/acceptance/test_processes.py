@@ -424,3 +424,21 @@ def test_a_client_id_of_several_can_be_retired_by_hand_with_the_settings_of_the_
 
     assert compare(database, publisher.published).exact
     assert owners(database) == set()
+
+
+def test_told_to_stop_while_client_ids_are_being_retired_all_leave_with_0_and_the_next_start_goes_on(
+    make_several, database, own_broker, site
+):
+    broker = own_broker()
+    program = make_several(database, broker, BRIDGE_PROCESSES=3).start().wait_until_ready()
+    program.stop()
+    for count, expected in ((1, ["hall"]), (2, ["hall-1", "hall-2"])):
+        program.settings["BRIDGE_PROCESSES"] = count
+        program.start().wait_for_log("a client id is not needed any more")
+
+        assert program.stop() == 0
+
+        program.start().wait_until_ready()
+        wait_until_only(database, *expected)
+        assert program.stop() == 0
+        assert "could not be retired" not in program.log_of_all_runs
