@@ -22,6 +22,7 @@ import psycopg2
 from mqtt_bridge import __version__, logs, schema
 from mqtt_bridge.bridge import EXIT_FAILED, EXIT_FENCED, EXIT_OK, EXIT_SETTINGS, Bridge, make_router
 from mqtt_bridge.broker_connection import prepare_client
+from mqtt_bridge.commands import Commands
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, Fenced, SettingsError, classify
 from mqtt_bridge.former_members import FormerMembers
@@ -29,7 +30,7 @@ from mqtt_bridge.last_resort import OwnProcess
 from mqtt_bridge.leash import Answer, Leash
 from mqtt_bridge.membership import settings_of
 from mqtt_bridge.settings import Settings, inheritance, load, unknown_names, with_client_id
-from mqtt_bridge.supervisor import Commands, Supervisor
+from mqtt_bridge.supervisor import Supervisor
 from mqtt_bridge.tools.dead_letter_commands import dead_letters
 
 ENDING = (signal.SIGTERM, signal.SIGINT)

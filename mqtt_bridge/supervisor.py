@@ -13,8 +13,6 @@ any more (`former_members`). HTTP asks `status` and the like in its own.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,9 +22,10 @@ from typing import Any
 import structlog
 
 from mqtt_bridge import __version__, totals
+from mqtt_bridge.commands import Commands
 from mqtt_bridge.former_members import FormerMembers
 from mqtt_bridge.member import Member, Sight, see_all
-from mqtt_bridge.membership import client_ids, settings_of, variables_of
+from mqtt_bridge.membership import client_ids, settings_of
 from mqtt_bridge.metrics import ExpositionOfProcesses, ProcessSample
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.watchdog import LEAVE_MARGIN_S
@@ -38,8 +37,6 @@ ANSWER_S = 1.0
 """How long the processes have, together, to say how they are."""
 KILL_MARGIN_S = LEAVE_MARGIN_S + 5.0
 """Beyond `BRIDGE_SHUTDOWN_S`: the process's own watchdog comes first."""
-QUIET_S = 2.0
-"""`mqtt-bridge retire --quiet` for former client ids."""
 
 
 class Supervisor:
@@ -182,53 +179,3 @@ class Supervisor:
 def _of_process(sight: Sight) -> dict[str, Any]:
     own = dict(sight.answer.observation.status) if sight.answer else {"state": None, "reasons": sight.unready}
     return {"client_id": sight.client_id, "pid": sight.pid, "restarts": sight.restarts, **own}
-
-
-class Commands:
-    """Starts `mqtt-bridge` commands as subprocesses with the settings of one client id, tied to a descriptor.
-
-    In sessions of their own, so that a Ctrl-C for the terminal's foreground reaches the supervisor alone.
-    """
-
-    def __init__(
-        self, settings: Settings, inheritance: Mapping[str, str], *, abandoned_spool: str | None = None
-    ) -> None:
-        self._settings = settings
-        self._inheritance = inheritance
-        self._options = ["--abandon-spool", abandoned_spool] if abandoned_spool else []
-
-    def launcher(self, client_id: str) -> Any:
-        """A function that starts the process of this client id."""
-
-        def launch(leash: int) -> subprocess.Popen[bytes]:
-            command = _command("run", "--member-of", self._settings.mqtt_client_id, f"--leash={leash}", *self._options)
-            return subprocess.Popen(
-                command,
-                env=self._environment(client_id),
-                stdin=subprocess.DEVNULL,
-                pass_fds=(leash,),
-                start_new_session=True,
-            )
-
-        return launch
-
-    def retire(self, client_id: str, leash: int) -> subprocess.Popen[str]:
-        """Starts `mqtt-bridge retire` for this client id; what it prints can be read."""
-        return subprocess.Popen(
-            _command("retire", "--yes", f"--quiet={QUIET_S:g}", f"--leash={leash}", "--", client_id),
-            env=self._environment(client_id),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            pass_fds=(leash,),
-            start_new_session=True,
-        )
-
-    def _environment(self, client_id: str) -> dict[str, str]:
-        return {**self._inheritance, **variables_of(self._settings, client_id)}
-
-
-def _command(*arguments: str) -> list[str]:
-    warnings = [f"-W{option}" for option in sys.warnoptions]
-    return [sys.executable, *warnings, "-m", "mqtt_bridge", *arguments]

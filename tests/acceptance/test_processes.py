@@ -322,6 +322,28 @@ def test_from_3_processes_to_1_to_2_what_waits_for_those_that_leave_is_stored_on
     assert program.stop() == bystander.stop() == 0
 
 
+def test_from_1_process_to_2_and_back_under_load_without_a_group_loses_nothing(
+    make_several, database, own_broker, site
+):
+    broker = own_broker()
+    program = make_several(database, broker, BRIDGE_PROCESSES=1).start().wait_until_ready()
+
+    with Publisher(broker, site) as publisher:
+        publisher.begin(per_s=500)
+        for count, expected in ((2, ["hall-1", "hall-2"]), (1, ["hall"])):
+            publisher.go_on(500)
+            assert program.stop() == 0
+            program.settings["BRIDGE_PROCESSES"] = count
+            program.start().wait_until_ready()
+            wait_until_only(database, *expected)
+        publisher.end()
+        wait_until(lambda: not compare(database, publisher.published).missing, timeout_s=60, what="the last of them")
+
+    # What was published while both had subscribed is there twice: docs/guarantees.md.
+    assert compare(database, publisher.published).unknown == []
+    assert program.stop() == 0
+
+
 def test_a_start_that_is_killed_while_it_retires_is_gone_on_with_by_the_next(make_several, database, own_broker, site):
     broker = own_broker()
     program = make_several(database, broker, BRIDGE_PROCESSES=4).start().wait_until_ready()

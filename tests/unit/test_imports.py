@@ -19,6 +19,7 @@ TABLE = [
     [
         "supervisor",
         "former_members",
+        "commands",
         "member",
         "leash",
         "totals",
