@@ -47,7 +47,7 @@ def make_several(make_bridge):
 
 
 def test_two_processes_share_a_load_evenly_and_the_status_shows_the_sum_and_each_apart(
-    make_several, database, own_broker, site
+    make_several, database, own_broker, site, tmp_path
 ):
     broker = own_broker()
     program = make_several(database, broker).start().wait_until_ready()
@@ -65,6 +65,9 @@ def test_two_processes_share_a_load_evenly_and_the_status_shows_the_sum_and_each
     assert [process["broker"]["client_id"] for process in status["processes"]] == ["hall-1", "hall-2"]
     assert status["broker"]["client_id"] == "hall"
     assert status["state"] == "running"
+    shown = run_command(tmp_path, "status", **program.settings).stdout
+    assert "client id hall: running" in shown
+    assert [line.split()[0] for line in shown.splitlines()[-3:]] == ["process", "hall-1", "hall-2"]
     children = pids(program)
     assert program.stop() == 0
     assert not any(exists(pid) for pid in children.values())
