@@ -94,9 +94,12 @@ class Bridge:
         *,
         abandoned_spool: str | None = None,
         unsubscribe: frozenset[str] | None = None,
+        member_of: str | None = None,
         last_resort: LastResort | None = None,
     ) -> None:
         """`abandoned_spool`: the id of a spool that is given up, with what may wait in it.
+
+        `member_of`: the MQTT_CLIENT_ID of the bridge that this one is a process of, to be noted; it may be its own.
 
         With `unsubscribe` it subscribes to nothing: it unsubscribes from these filters, and from those that the session
         is known to have, and stores what the session still holds.
@@ -105,6 +108,7 @@ class Bridge:
         """
         self._settings = settings
         self._abandoned_spool = abandoned_spool
+        self._member_of = member_of
         self._router = make_router(settings)
         batches = Batches(self._router)
         self._connections = Connections(settings.dsn, size=settings.db_pool_size)
@@ -238,6 +242,10 @@ class Bridge:
         """What `/metrics` is made from."""
         return self._health.observe()
 
+    def unhealthy(self) -> list[str]:
+        """Why this process should be restarted."""
+        return self._health.unhealthy_reasons()
+
     @property
     def owner_epoch(self) -> int:
         """Under which this process owns its client id; 0 before it does."""
@@ -269,7 +277,9 @@ class Bridge:
 
     def _start(self) -> None:
         self._open_spool()
-        claim = self._sink.open(create=self._settings.db_auto_create, spool=self._spool_at_hand())
+        claim = self._sink.open(
+            create=self._settings.db_auto_create, spool=self._spool_at_hand(), member_of=self._member_of
+        )
         self._ledger.load(claim, self._spool.entries())
         self._pipeline.found_in_spool(self._spool.messages)
         self._subscriber.subscriptions = claim.subscriptions

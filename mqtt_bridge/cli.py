@@ -22,10 +22,15 @@ import psycopg2
 from mqtt_bridge import __version__, logs, schema
 from mqtt_bridge.bridge import EXIT_FAILED, EXIT_FENCED, EXIT_OK, EXIT_SETTINGS, Bridge, make_router
 from mqtt_bridge.broker_connection import prepare_client
+from mqtt_bridge.commands import Commands
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, Fenced, SettingsError, classify
+from mqtt_bridge.former_members import FormerMembers
 from mqtt_bridge.last_resort import OwnProcess
-from mqtt_bridge.settings import Settings, load, unknown_names, with_client_id
+from mqtt_bridge.leash import Answer, Leash
+from mqtt_bridge.membership import settings_of
+from mqtt_bridge.settings import Settings, inheritance, load, unknown_names, with_client_id
+from mqtt_bridge.supervisor import Supervisor
 from mqtt_bridge.tools.dead_letter_commands import dead_letters
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -97,15 +102,52 @@ SIGTERM and SIGINT end it in good order: drain, commit, acknowledge, leave. A se
 )
 @click.option("--abandon-spool", metavar="ID",
               help="Start although this spool is not at hand: what waits in it is given up.")  # fmt: skip
-def run(abandon_spool: str | None) -> None:
+@click.option("--member-of", metavar="ID", hidden=True, help="The bridge that this is one process of.")
+@click.option("--leash", type=int, hidden=True, help="The descriptor that ties it to its supervisor.")
+def run(abandon_spool: str | None, member_of: str | None, leash: int | None) -> None:
     """Run the bridge until it is told to stop."""
+    if member_of is not None and leash is not None:
+        raise click.exceptions.Exit(_run_member(member_of, leash, abandon_spool))
     settings = _settings()
     for problem in unknown_names():
         click.echo(f"mqtt-bridge: warning: {problem}", err=True)
-    bridge = Bridge(settings, abandoned_spool=abandon_spool, last_resort=OwnProcess())
+    run_it = _run_one if settings.bridge_processes == 1 else _run_several
+    raise click.exceptions.Exit(run_it(settings, abandon_spool))
+
+
+def _run_one(settings: Settings, abandon_spool: str | None) -> int:
+    bridge = Bridge(
+        settings, abandoned_spool=abandon_spool, member_of=settings.mqtt_client_id, last_resort=OwnProcess()
+    )
+    commands = Commands(settings, inheritance())
+    former = FormerMembers(settings, commands.retire, ready=lambda: bridge.observe().ready)
+
+    def request_stop() -> None:
+        former.request_stop()
+        bridge.request_stop()
+
+    with _stopping(request_stop):
+        former.start()
+        try:
+            return bridge.run()
+        finally:
+            former.stop()
+
+
+def _run_several(settings: Settings, abandon_spool: str | None) -> int:
+    supervisor = Supervisor(settings, inheritance(), abandoned_spool=abandon_spool)
+    with _stopping(supervisor.request_stop, now=supervisor.stop_now):
+        return supervisor.run()
+
+
+def _run_member(member_of: str, leash: int, abandon_spool: str | None) -> int:
+    """One of several processes. What is wrong with names of settings the supervisor has said."""
+    settings = load()
+    logs.configure(settings.log_level, settings.log_format, client_id=settings.mqtt_client_id)
+    bridge = Bridge(settings, abandoned_spool=abandon_spool, member_of=member_of, last_resort=OwnProcess())
     with _stopping(bridge.request_stop):
-        code = bridge.run()
-    raise click.exceptions.Exit(code)
+        Leash(leash, stop=bridge.request_stop, answer=lambda: Answer(bridge.observe(), bridge.unhealthy())).start()
+        return bridge.run()
 
 
 def _settings() -> Settings:
@@ -115,8 +157,8 @@ def _settings() -> Settings:
 
 
 @contextmanager
-def _stopping(request_stop: Callable[[], None]) -> Any:
-    """SIGTERM and SIGINT ask for an orderly end; the second one does not ask.
+def _stopping(request_stop: Callable[[], None], *, now: Callable[[], None] = lambda: None) -> Any:
+    """SIGTERM and SIGINT ask for an orderly end; the second one does not ask: after `now` the process is over.
 
     A thread hears of them by the descriptor that is written to at once. Handlers of Python run in the main thread, when
     it next comes back from C: a database that it waits for may take a minute.
@@ -129,6 +171,7 @@ def _stopping(request_stop: Callable[[], None]) -> Any:
         with heard:
             while number := heard.recv(1):
                 if number[0] in ENDING and asked:
+                    now()
                     os._exit(EXIT_FAILED)
                 if number[0] in ENDING:
                     asked = True
@@ -376,7 +419,8 @@ Exit codes: 0 retired, or nothing to retire; 2 settings; 3 a bridge took the cli
 @click.option("--quiet", default=5.0, show_default=True, type=click.FloatRange(0.5, 3600), metavar="S",
               help="Believe that a session is empty when nothing has come for so long.")  # fmt: skip
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def retire(client_id: str, quiet: float, yes: bool) -> None:
+@click.option("--leash", type=int, hidden=True, help="The descriptor that ties it to who has started it.")
+def retire(client_id: str, quiet: float, yes: bool, leash: int | None) -> None:
     """End a client id for good: store what its session holds, then end the session.
 
     For scaling down and for renaming: a session that nobody uses any more goes on collecting messages at the broker.
@@ -385,10 +429,15 @@ def retire(client_id: str, quiet: float, yes: bool) -> None:
 
     if not yes and not sys.stdin.isatty():
         raise click.UsageError("nobody is there to be asked: give --yes")
-    settings = with_client_id(load(), client_id)
+    configured = load()
+    settings = with_client_id(configured, client_id)
+    if configured.bridge_processes > 1:  # one of its processes, most likely: in its group, with its disk
+        settings = settings_of(configured, client_id)
     logs.configure("error" if settings.log_level == "error" else "warning", settings.log_format)
     line = retiring.ProgressLine(sys.stderr)
     with line, closing(retiring.Retirement(settings, quiet_s=quiet, show=line.show, say=line.say)) as retirement:
+        if leash is not None:
+            Leash(leash, stop=retirement.request_stop).start()
         with _stopping(retirement.request_stop):
             known = retirement.look_up()
         line.clear()

@@ -20,12 +20,15 @@ LogFormat = Literal["console", "json"]
 _FIRST = ("time", "level", "event")
 
 
-def configure(level: str, format: LogFormat, *, stream: TextIO | None = None) -> None:
-    """Send every log of `level` ("info") or worse to `stream` (stderr). Called again, it replaces what was set."""
+def configure(level: str, format: LogFormat, *, client_id: str | None = None, stream: TextIO | None = None) -> None:
+    """Send every log of `level` ("info") or worse to `stream` (stderr). Called again, it replaces what was set.
+
+    With a `client_id` every line tells it: several processes write to one stream.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_shared(),
+            foreign_pre_chain=_shared(client_id),
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *_renderers(format, colors=handler.stream.isatty()),
@@ -36,7 +39,7 @@ def configure(level: str, format: LogFormat, *, stream: TextIO | None = None) ->
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
-            *_shared(),
+            *_shared(client_id),
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -44,9 +47,15 @@ def configure(level: str, format: LogFormat, *, stream: TextIO | None = None) ->
     )
 
 
-def _shared() -> list[Processor]:
+def _shared(client_id: str | None) -> list[Processor]:
     """What every event gets, wherever it comes from."""
+
+    def tell_whose(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        event.setdefault("client_id", client_id)
+        return event
+
     return [
+        *([tell_whose] if client_id is not None else []),
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,

@@ -6,7 +6,7 @@ balances here as it does in `/api/status`. Names follow the Prometheus conventio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -202,6 +202,48 @@ METRICS: tuple[Declared, ...] = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessSample:
+    """One of several processes of a bridge at one moment."""
+
+    client_id: str
+    pid: int | None
+    """None where it does not run."""
+    restarts: int
+    observation: Observation | None
+    """None where it did not answer in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredOfProcess:
+    """A metric that only several processes have."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    read: Callable[[ProcessSample], float]
+    label: str = "process"
+
+
+PROCESS_METRICS: tuple[DeclaredOfProcess, ...] = (
+    DeclaredOfProcess(
+        "mqtt_bridge_process_up",
+        "gauge",
+        "Whether this process runs and answers its supervisor. Only with BRIDGE_PROCESSES above 1.",
+        lambda sample: sample.observation is not None,
+    ),
+    DeclaredOfProcess(
+        "mqtt_bridge_process_restarts_total",
+        "counter",
+        "Starts of this process after the first. Only with BRIDGE_PROCESSES above 1.",
+        lambda sample: sample.restarts,
+    ),
+)
+
+SUPERVISOR = "supervisor"
+"""The process label of the supervisor's own figures. Client ids of several processes end in a number."""
+
+
 class Exposition:
     """Renders the metrics for Prometheus, with those of the process beside them."""
 
@@ -213,6 +255,9 @@ class Exposition:
     def render(self) -> tuple[bytes, str]:
         """The body of `/metrics`, and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+_Family = CounterMetricFamily | GaugeMetricFamily
 
 
 class _Collector(Collector):
@@ -230,10 +275,66 @@ class _Collector(Collector):
 
 
 def _family(declared: Declared, figure: Figure) -> Metric:
-    labels = [declared.label] if declared.label else []
+    family = _make_family(declared, [declared.label] if declared.label else [])
+    _add(family, figure)
+    return family
+
+
+def _make_family(declared: Declared | DeclaredOfProcess, labels: list[str]) -> _Family:
     make = CounterMetricFamily if declared.kind == "counter" else GaugeMetricFamily
-    family = make(declared.name, declared.help, labels=labels)
+    return make(declared.name, declared.help, labels=labels)
+
+
+def _add(family: _Family, figure: Figure, *labels: str) -> None:
     for value, number in figure.items() if isinstance(figure, Mapping) else [(None, figure)]:
         if number is not None:
-            family.add_metric([] if value is None else [value], float(number))
-    return family
+            family.add_metric([*labels] if value is None else [*labels, value], float(number))
+
+
+class ExpositionOfProcesses:
+    """Renders the metrics of several processes: the same names, each sample with its `process`, the client id."""
+
+    def __init__(self, look: Callable[[], Sequence[ProcessSample]]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_ProcessesCollector(look))
+
+    def render(self) -> tuple[bytes, str]:
+        """The body of `/metrics`, and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+class _ProcessesCollector(Collector):
+    def __init__(self, look: Callable[[], Sequence[ProcessSample]]) -> None:
+        self._look = look
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the registry shall not look at processes that are still to be started."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        samples = self._look()
+        for declared in METRICS:
+            family = _make_family(declared, ["process", *([declared.label] if declared.label else [])])
+            for sample in samples:
+                if sample.observation is not None:
+                    _add(family, declared.read(sample.observation), sample.client_id)
+            yield family
+        for of_process in PROCESS_METRICS:
+            family = _make_family(of_process, [of_process.label])
+            for sample in samples:
+                _add(family, of_process.read(sample), sample.client_id)
+            yield family
+        yield from _of_the_system(samples)
+
+
+def _of_the_system(samples: Sequence[ProcessSample]) -> Iterator[Metric]:
+    """What the system says of each process, and of the supervisor."""
+    families: dict[str, Metric] = {}
+    processes: list[tuple[str, int | str]] = [(SUPERVISOR, "self")]
+    processes += [(sample.client_id, sample.pid) for sample in samples if sample.pid is not None]
+    for label, pid in processes:
+        for metric in ProcessCollector(registry=None, pid=lambda pid=pid: pid).collect():  # type: ignore[misc]
+            family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            for sample in metric.samples:
+                family.add_sample(sample.name, {**sample.labels, "process": label}, sample.value)
+    yield from families.values()

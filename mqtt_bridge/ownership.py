@@ -47,8 +47,12 @@ class SpoolAtHand:
 NO_SPOOL = SpoolAtHand()
 
 
-def claim(connection: Connection, client_id: str, spool: SpoolAtHand = NO_SPOOL) -> Claim:
+def claim(
+    connection: Connection, client_id: str, spool: SpoolAtHand = NO_SPOOL, *, member_of: str | None = None
+) -> Claim:
     """Take over `client_id`: from now on every older process is fenced. Runs in its own transaction.
+
+    `member_of` is the MQTT_CLIENT_ID of the bridge that has a process for this client id; None leaves what is noted.
 
     The exclusive lock waits until every transaction of older processes has ended; the ledger is read in a later
     statement, with a new snapshot, and so sees all that they committed. `SpoolElsewhere` when acknowledged messages
@@ -59,7 +63,7 @@ def claim(connection: Connection, client_id: str, spool: SpoolAtHand = NO_SPOOL)
         cursor.execute(sql.SQL("SELECT pg_advisory_xact_lock({})").format(lock_key(client_id)))
         cursor.execute("SELECT spool_id FROM mqtt_bridge.owners WHERE client_id = %s", (client_id,))
         _check_disk((cursor.fetchone() or (None,))[0], spool)
-        values = {"client_id": client_id, "spool_id": spool.id}
+        values = {"client_id": client_id, "spool_id": spool.id, "member_of": member_of}
         epochs = {"spooled_epoch": spool.owner_epoch, "session_epoch": spool.session_epoch}
         cursor.execute(_TAKE_OVER, values | epochs)
         owner_epoch, session_epoch, subscriptions, retained = cursor.fetchone() or (0, 0, None, None)
@@ -86,11 +90,12 @@ def _check_disk(spool_id: str | None, spool: SpoolAtHand) -> None:
 # Epochs are milliseconds of the server's clock, and rise by one at least. None comes twice: not after a retirement, not
 # when the database is restored from a backup, not in another cluster that a process meets under the same address.
 _TAKE_OVER = """
-INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch, spool_id)
+INSERT INTO mqtt_bridge.owners AS o (client_id, owner_epoch, session_epoch, spool_id, member_of)
 VALUES (%(client_id)s, greatest((extract(epoch FROM clock_timestamp()) * 1000)::bigint, %(spooled_epoch)s + 1),
-  %(session_epoch)s, %(spool_id)s)
+  %(session_epoch)s, %(spool_id)s, %(member_of)s)
 ON CONFLICT (client_id) DO UPDATE SET owner_epoch = greatest(o.owner_epoch + 1, excluded.owner_epoch),
-  last_seen = now(), spool_id = %(spool_id)s, session_epoch = greatest(o.session_epoch, %(session_epoch)s),
+  last_seen = now(), spool_id = %(spool_id)s, member_of = coalesce(%(member_of)s, o.member_of),
+  session_epoch = greatest(o.session_epoch, %(session_epoch)s),
   subscriptions = CASE WHEN o.session_epoch >= %(session_epoch)s THEN o.subscriptions END
 RETURNING owner_epoch, session_epoch, subscriptions, retained_seen
 """
@@ -141,6 +146,22 @@ def look_up(connection: Connection, client_id: str) -> Known | None:
 _LOOK_UP = "SELECT subscriptions, spool_id, last_seen FROM mqtt_bridge.owners WHERE client_id = %s"
 
 
+def former_members(connection: Connection, member_of: str, present: Sequence[str]) -> list[str]:
+    """Client ids that the bridge `member_of` once had a process for, and are not among those it has now.
+
+    What is noted decides, never the look of a name: `X-1` may well be somebody else's.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_FORMER_MEMBERS, (member_of, list(present)))
+        return [client_id for (client_id,) in cursor.fetchall()]
+
+
+_FORMER_MEMBERS = """
+SELECT client_id FROM mqtt_bridge.owners
+WHERE coalesce(member_of, client_id) = %s AND client_id <> ALL (%s) ORDER BY client_id
+"""
+
+
 def retire(connection: Connection, client_id: str, *, owner_epoch: int, end_session: Callable[[], object]) -> int:
     """Have the session ended, and forget the client id; returns how many ledger rows it had left.
 
@@ -174,8 +195,7 @@ class SpoolLeft(BridgeError):
     def __init__(self, client_id: str, spool_id: str) -> None:
         super().__init__(
             f"{client_id!r} may still have messages in a disk buffer ({spool_id}), which were acknowledged and are not"
-            " in the database yet. Start a bridge under this client id, with its BRIDGE_SPOOL_DIR, until the buffer is"
-            " empty; then retire it."
+            " in the database yet. Stop its bridge, set BRIDGE_SPOOL_DIR to that buffer, and retire it again."
         )
 
 

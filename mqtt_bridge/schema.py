@@ -1,9 +1,9 @@
 """The objects in PostgreSQL: what the bridge needs, whether it is there, and how to make it.
 
 Bookkeeping lives in the schema `mqtt_bridge`; readings in the table `readings`, wherever the role's search path puts
-it. What exists is used as it is and never altered: only missing objects are made, and weekly partitions only for a
-`readings` table that the bridge made itself (its comment says so). Making is serialised by an advisory lock, so any
-number of processes may start at once.
+it. What exists is used as it is: only missing objects are made (also columns, in the bookkeeping of an older version),
+and weekly partitions only for a `readings` table that the bridge made itself (its comment says so). Making is
+serialised by an advisory lock, so any number of processes may start at once.
 
 Every function takes an open connection in autocommit mode and runs its own transaction.
 """
@@ -31,7 +31,7 @@ WEEKS_AHEAD = 4
 OLDEST_SERVER = 14
 
 _BOOKKEEPING_GRANTS = {
-    "owners": "SELECT, INSERT, UPDATE",
+    "owners": "SELECT, INSERT, UPDATE, DELETE",
     "ledger": "SELECT, INSERT, DELETE",
     "dead_letters": "SELECT, INSERT, UPDATE, DELETE",
     "schema_version": "SELECT",
@@ -97,19 +97,30 @@ def verify(connection: Connection) -> None:
 
 
 def missing(connection: Connection) -> list[str]:
-    """Objects that do not exist, as `table readings is missing`."""
+    """Objects that do not exist, as `table readings is missing`; a column where the table is of an older version."""
     with connection.cursor() as cursor:
         cursor.execute(_TABLES)
         there = {name for (name,) in cursor.fetchall()}
         cursor.execute("SELECT to_regclass(%s) IS NOT NULL", (READINGS,))
         (readings,) = cursor.fetchone() or (False,)
+        cursor.execute(_COLUMNS_SINCE_VERSION_2)
+        columns = {name for (name,) in cursor.fetchall()}
     names = [f"mqtt_bridge.{name}" for name in _BOOKKEEPING_GRANTS if name not in there]
-    return [f"table {name} is missing" for name in names + ([] if readings else [READINGS])]
+    absent = [f"table {name} is missing" for name in names + ([] if readings else [READINGS])]
+    if "owners" in there and "member_of" not in columns:
+        absent.append("column mqtt_bridge.owners.member_of is missing")
+    return absent
 
 
 _TABLES = """
 SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'mqtt_bridge'
 """
+_COLUMNS_SINCE_VERSION_2 = """
+SELECT a.attname FROM pg_attribute a
+JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = 'mqtt_bridge' AND c.relname = 'owners' AND a.attname = 'member_of' AND NOT a.attisdropped
+"""
+"""By the catalogue: to look a name up, as to_regclass does, asks for a privilege that may be what is missing."""
 
 READINGS_TYPES: Mapping[str, frozenset[str]] = {
     "time": frozenset({"timestamptz"}),

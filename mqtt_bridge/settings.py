@@ -121,7 +121,9 @@ class Settings(BaseModel):
         json_schema_extra={"default": "half of BRIDGE_QUEUE_SIZE"},
     )
     mqtt_shared_group: str | None = Field(
-        None, description="Group of an MQTT 5 shared subscription, for several bridges side by side."
+        None,
+        description="Group of an MQTT 5 shared subscription, for several bridges side by side; unset, several processes"
+        " take MQTT_CLIENT_ID.",
     )
     mqtt_retained: Annotated[Literal["once", "always", "never"], _LOWER] = Field(
         "once", description="Whether replayed retained messages are stored: once for each filter, always or never."
@@ -195,7 +197,6 @@ _SECRETS = ("mqtt_username", "mqtt_password", "database_url", "http_token")
 _NOT_IN_THIS_VERSION = {
     # Remove the line of what has been built: nothing else keeps it from being used.
     "bridge_routes": "Leave BRIDGE_ROUTES empty and list the topics in MQTT_TOPICS.",
-    "bridge_processes": "Leave BRIDGE_PROCESSES at 1.",
 }
 
 
@@ -225,6 +226,21 @@ def load(environ: Mapping[str, str] | None = None, env_file: str | Path | None =
     settings._environ = {name: environ[name] for name in dsn.LIBPQ_VARIABLES if environ.get(name)}
     settings._dotenv = {name: dotenv[name] for name in dsn.LIBPQ_VARIABLES if name in dotenv and name not in environ}
     return settings
+
+
+def inheritance(environ: Mapping[str, str] | None = None, env_file: str | Path | None = ".env") -> dict[str, str]:
+    """The environment for a subprocess that is to have these settings, also if `.env` should change meanwhile.
+
+    Secrets stay where they are: in the environment, or in files that are named there. What is not set is empty, which
+    means the default, so that no `.env` can set it.
+    """
+    environ = os.environ if environ is None else environ
+    dotenv = _read_dotenv(env_file)
+    unset = {name: "" for name in NAMES if name != "MQTT_CLIENT_ID"}
+    given = {name: dotenv[name] for name in NAMES if name in dotenv}
+    # libpq reads these itself, where an empty value is a value.
+    given |= {name: dotenv[name] for name in dsn.LIBPQ_VARIABLES if dotenv.get(name)}
+    return {**unset, **given, **environ}
 
 
 def with_client_id(settings: Settings, client_id: str) -> Settings:
@@ -499,6 +515,18 @@ def _check_shared_group(settings: Settings) -> Iterator[Problem]:
         yield _problem("mqtt_shared_group", group, "Shared subscriptions need MQTT 5.", remedy)
 
 
+def _check_processes(settings: Settings) -> Iterator[Problem]:
+    if settings.bridge_processes == 1:
+        return
+    if settings.mqtt_protocol != "5":
+        why = "Several processes share the load by a shared subscription, which needs MQTT 5."
+        yield _problem("bridge_processes", settings.bridge_processes, why, "Set MQTT_PROTOCOL=5, or 1 process.")
+    if not settings.mqtt_shared_group and re.search(r"[/+#]", settings.mqtt_client_id):
+        why = "It is also the group of the processes' shared subscription, which must not contain / + or #."
+        remedy = "Set MQTT_SHARED_GROUP to a plain name."
+        yield _problem("mqtt_client_id", settings.mqtt_client_id, why, remedy)
+
+
 def _check_database_url(settings: Settings) -> Iterator[Problem]:
     if settings.database_url:
         yield from _dsn_problems(settings.database_url.get_secret_value())
@@ -506,7 +534,7 @@ def _check_database_url(settings: Settings) -> Iterator[Problem]:
 
 _RULES: tuple[tuple[Callable[[Settings], Iterator[Problem]], str], ...] = (
     # Each with the settings it reads.
-    (_check_version, "bridge_routes bridge_processes"),
+    (_check_version, "bridge_routes"),
     (_check_spool, "bridge_spool bridge_spool_dir"),
     (_check_routes, "bridge_routes mqtt_topics"),
     (_check_topics, "mqtt_topics"),
@@ -520,6 +548,7 @@ _RULES: tuple[tuple[Callable[[Settings], Iterator[Problem]], str], ...] = (
     (_check_qos, "mqtt_qos"),
     (_check_session_expiry, "mqtt_session_expiry_s"),
     (_check_shared_group, "mqtt_protocol mqtt_shared_group"),
+    (_check_processes, "bridge_processes mqtt_protocol mqtt_client_id mqtt_shared_group"),
     (_check_database_url, "database_url"),
 )
 

@@ -105,18 +105,18 @@ class Sink:
 
     # -- start and stop
 
-    def open(self, *, create: bool, spool: SpoolAtHand = NO_SPOOL) -> Claim:
+    def open(self, *, create: bool, spool: SpoolAtHand = NO_SPOOL, member_of: str | None = None) -> Claim:
         """Wait for the database, make sure of the schema, and take over the client id.
 
-        Raises `SpoolElsewhere` as `ownership.claim` does, and `Stopped` by `stop`.
+        `member_of` is that of `ownership.claim`. Raises `SpoolElsewhere` as that does, and `Stopped` by `stop`.
         """
-        claim = self._persist(lambda connection: self._open(connection, spool, create=create))
+        claim = self._persist(lambda connection: self._open(connection, spool, member_of, create=create))
         self._transactions.owner_epoch = claim.owner_epoch
         return claim
 
-    def _open(self, connection: BridgeConnection, spool: SpoolAtHand, *, create: bool) -> Claim:
+    def _open(self, connection: BridgeConnection, spool: SpoolAtHand, member_of: str | None, *, create: bool) -> Claim:
         schema.ensure(connection, create=create)
-        return ownership.claim(connection, self._client_id, spool)
+        return ownership.claim(connection, self._client_id, spool, member_of=member_of)
 
     def stop(self) -> None:
         """Give up whatever is being retried: `store` raises `Stopped`. Idempotent."""

@@ -1,4 +1,4 @@
--- The bridge's own bookkeeping, version 1. Every statement may run again without harm.
+-- The bridge's own bookkeeping, version 2. Every statement may run again without harm.
 
 CREATE SCHEMA IF NOT EXISTS mqtt_bridge;
 
@@ -33,8 +33,11 @@ CREATE TABLE IF NOT EXISTS mqtt_bridge.owners (
     subscriptions text, -- filters that the session has, one a line
     retained_seen text, -- whose retained messages were stored, or were never asked for: `stored a/+`, one a line
     spool_id      text,
-    last_seen     timestamptz NOT NULL DEFAULT now()
+    last_seen     timestamptz NOT NULL DEFAULT now(),
+    member_of     text  -- MQTT_CLIENT_ID of the bridge that has a process for this client id; NULL: just this client id
 );
+-- Version 1 did not have it.
+ALTER TABLE mqtt_bridge.owners ADD COLUMN IF NOT EXISTS member_of text;
 
 -- Which deliveries are committed although the broker may not know it yet.
 CREATE TABLE IF NOT EXISTS mqtt_bridge.ledger (
@@ -57,4 +60,4 @@ CREATE TABLE IF NOT EXISTS mqtt_bridge.ledger (
 -- Hashes do not compress.
 ALTER TABLE mqtt_bridge.ledger ALTER COLUMN entries SET STORAGE EXTERNAL;
 
-INSERT INTO mqtt_bridge.schema_version (version) VALUES (1) ON CONFLICT DO NOTHING;
+INSERT INTO mqtt_bridge.schema_version (version) VALUES (1), (2) ON CONFLICT DO NOTHING;

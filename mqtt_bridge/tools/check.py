@@ -19,9 +19,10 @@ from mqtt_bridge.broker_limits import DropWatch, shortfalls
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import BridgeError, Problem, SettingsError, classify, explain_unreachable
 from mqtt_bridge.settings import Settings
+from mqtt_bridge.tools.check_processes import check_connections, check_processes, members
 from mqtt_bridge.tools.check_spool import check_disk, check_spool
 from mqtt_bridge.tools.findings import Finding
-from mqtt_bridge.tools.guest import hindrance, step_until, visit
+from mqtt_bridge.tools.guest import hindrance, named_by_user, step_until, visit
 from mqtt_bridge.tools.status import NoStatus, fetch
 
 DROPS_TIMEOUT_S = 2.0
@@ -37,14 +38,24 @@ def check(
         yield Finding("warning", "MQTT_QOS=0: messages may be lost on the way. Set MQTT_QOS=1.")
     if not settings.mqtt_tls and settings.mqtt_password and settings.mqtt_host not in _LOOPBACK:
         yield Finding("warning", "MQTT_PASSWORD travels unencrypted. Set MQTT_TLS=true and the broker's TLS port.")
+    yield from check_processes(settings)
     if not offline:
         yield from check_database(settings)
-        yield from check_spool(settings)
+        yield from _check_spools(settings)
         yield from check_broker(settings, filters)
         yield from check_http(settings)
 
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def _check_spools(settings: Settings) -> Iterator[Finding]:
+    directory = settings.bridge_spool_dir
+    if directory is None or not directory.exists():  # the bridge makes it, and in it one for each of several processes
+        yield from check_spool(settings, processes=settings.bridge_processes)
+    else:
+        for each in members(settings):
+            yield from check_spool(each, processes=settings.bridge_processes)
 
 
 # -- the database
@@ -76,12 +87,14 @@ def _inspect_database(connection: BridgeConnection, settings: Settings) -> Itera
         yield from (Finding("problem", f"database: {fault}.") for fault in faults)
         if not faults:
             yield Finding("ok", "tables and grants are as they should be")
-            yield from check_disk(connection, settings)
+            for each in members(settings):
+                yield from check_disk(connection, each)
     elif settings.db_auto_create:
         yield from _check_creation(connection, absent)
     else:
         remedy = "Run `mqtt-bridge schema --apply`, or set DB_AUTO_CREATE=true."
         yield from (Finding("problem", f"database: {item}. {remedy}") for item in absent)
+    yield from check_connections(connection, settings)
     yield from _check_durability(connection)
 
 
@@ -130,7 +143,7 @@ def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding
     session, to see what is granted, and subscribes to nothing; the second takes it away again. Unless a session was
     there: a client id that nobody has can have none, so it is that of the user, who may well be the bridge.
     """
-    guest = settings.model_copy(
+    guest = members(settings)[0].model_copy(
         update={
             "mqtt_client_id": f"{settings.mqtt_client_id}-check-{uuid.uuid4().hex[:6]}",
             "mqtt_retained": "never",
@@ -138,11 +151,14 @@ def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding
     )
     address = f"{settings.mqtt_host}:{settings.mqtt_port}"
     try:
+        if settings.bridge_processes > 1 and named_by_user(guest):
+            yield Finding("problem", _NAMED_BY_USER)
+            return
         with visit(guest, filters=(), lasting=True) as connection:
             if (problem := hindrance(connection, settings)) is not None:
                 yield Finding("problem", f"MQTT: {problem}")
                 return
-            for shortfall in shortfalls(settings, filters, connection.granted):
+            for shortfall in shortfalls(guest, filters, connection.granted):
                 yield Finding(shortfall.level, f"MQTT: {shortfall}")
             if connection.session_present:
                 yield Finding(
@@ -164,6 +180,12 @@ def check_broker(settings: Settings, filters: Sequence[str]) -> Iterator[Finding
     except (OSError, UnicodeError) as error:
         reason = explain_unreachable(error, host=settings.mqtt_host, port=settings.mqtt_port)
         yield Finding("problem", f"MQTT: {reason}")
+
+
+_NAMED_BY_USER = (
+    "MQTT: the broker makes the user name the client id: all processes would be one client, and throw each other out."
+    " Set BRIDGE_PROCESSES=1, or let this user choose its client ids (without use_username_as_clientid)."
+)
 
 
 def _drops(connection: BrokerConnection, watch: DropWatch) -> Iterator[Finding]:

@@ -18,8 +18,8 @@ from mqtt_bridge.spool import FILE_NAME, Spool, SpoolError, SpoolInUse
 from mqtt_bridge.tools.findings import Finding
 
 
-def check_spool(settings: Settings) -> Iterator[Finding]:
-    """Whether the directory can be used, and has the room that it may take."""
+def check_spool(settings: Settings, *, processes: int = 1) -> Iterator[Finding]:
+    """Whether the directory can be used, and its disk has the room that the spools of all processes may take."""
     directory = settings.bridge_spool_dir
     if directory is None:
         return
@@ -29,14 +29,14 @@ def check_spool(settings: Settings) -> Iterator[Finding]:
         return
     yield _content(settings, directory)
     free_mb = shutil.disk_usage(place).free >> 20
-    if settings.bridge_spool != "off" and free_mb < settings.bridge_spool_max_mb:
-        cap = f"BRIDGE_SPOOL_MAX_MB={settings.bridge_spool_max_mb}"
+    if settings.bridge_spool != "off" and free_mb < processes * settings.bridge_spool_max_mb:
+        cap = f"BRIDGE_SPOOL_MAX_MB={settings.bridge_spool_max_mb}{f', {processes} times' if processes > 1 else ''}"
         yield Finding("warning", f"{cap}: its disk has {free_mb} MiB left. Free space, or lower it.")
 
 
 def _content(settings: Settings, directory: Path) -> Finding:
     try:
-        spool = _open(settings, directory)
+        spool = open_spool(settings, directory)
     except SpoolInUse:
         return Finding("ok", f"the spool in {directory} is in use by a running bridge")
     except SpoolError as error:
@@ -45,8 +45,8 @@ def _content(settings: Settings, directory: Path) -> Finding:
     return Finding("ok", f"the spool in {directory} can be used; {messages} messages wait in it")
 
 
-def _open(settings: Settings, directory: Path) -> Spool | None:
-    """What is there, opened and closed again; None where the file is still to be made."""
+def open_spool(settings: Settings, directory: Path) -> Spool | None:
+    """What is there, opened and closed again; None where there is no file. Raises SpoolError."""
     if not (directory / FILE_NAME).exists():
         return None
     spool = Spool(directory, client_id=settings.mqtt_client_id, max_bytes=settings.bridge_spool_max_mb << 20)
@@ -67,7 +67,7 @@ def check_disk(connection: BridgeConnection, settings: Settings) -> Iterator[Fin
 def _present(settings: Settings, wanted: str) -> str | None:
     """The id of the spool that is there; the one that is wanted where nobody can tell."""
     try:
-        spool = _open(settings, settings.bridge_spool_dir) if settings.bridge_spool_dir else None
+        spool = open_spool(settings, settings.bridge_spool_dir) if settings.bridge_spool_dir else None
     except SpoolError:
         return wanted  # in use, or not fit for use, which is said elsewhere
     return spool.id if spool else None

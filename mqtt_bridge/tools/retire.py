@@ -35,6 +35,8 @@ from mqtt_bridge.errors import BridgeError, Fenced, SettingsError, classify, exp
 from mqtt_bridge.metrics import Observation
 from mqtt_bridge.ownership import Known, SpoolLeft
 from mqtt_bridge.settings import Settings
+from mqtt_bridge.spool import SpoolError
+from mqtt_bridge.tools.check_spool import open_spool
 from mqtt_bridge.tools.guest import hindrance, named_by_user, visit
 
 T = TypeVar("T")
@@ -108,8 +110,9 @@ class Retirement:
         say: Callable[[str], object] = lambda sentence: None,
     ) -> None:
         """`quiet_s`: how long nothing may come before a round is over. `say` hears what is worth a line of its own."""
-        # No HTTP: the port may be another bridge's. No spool: what is drained has to be in the database at the end.
+        # No HTTP: the port may be another bridge's. Nothing is spooled: it has to be in the database at the end.
         self._settings = settings.model_copy(update={"http_port": 0, "bridge_spool": "off", "bridge_spool_dir": None})
+        self._spool_dir = settings.bridge_spool_dir
         self._client_id = settings.mqtt_client_id
         self._quiet_s = quiet_s
         self._show = show
@@ -132,12 +135,23 @@ class Retirement:
     def look_up(self) -> Known | None:
         """What the database knows of the client id, as soon as it answers. Changes nothing.
 
-        `SpoolLeft` when the client id may not be retired, `Interrupted` by `request_stop`.
+        `SpoolLeft` when the client id may not be retired, since its disk is not in BRIDGE_SPOOL_DIR; `Interrupted` by
+        `request_stop`.
         """
         known = self._insist(lambda: self._ask(lambda connection: ownership.look_up(connection, self._client_id)))
         if known is not None and known.spool_id:
-            raise SpoolLeft(self._client_id, known.spool_id)
+            if known.spool_id != self._spool_at_hand():
+                raise SpoolLeft(self._client_id, known.spool_id)
+            self._settings = self._settings.model_copy(update={"bridge_spool_dir": self._spool_dir})
         return known
+
+    def _spool_at_hand(self) -> str | None:
+        """The id of this client's spool in BRIDGE_SPOOL_DIR, which each round empties; None where there is none."""
+        try:
+            spool = open_spool(self._settings, self._spool_dir) if self._spool_dir else None
+        except SpoolError:
+            return None  # in use, somebody else's, or unfit
+        return spool.id if spool else None
 
     def run(self, known: Known | None) -> Summary:
         """Drain the session, end it, and forget the client id; `known` is what `look_up` said.
@@ -323,13 +337,15 @@ class _Watch:
     def look(self, observation: Observation) -> None:
         """Take in what is seen now.
 
-        Idle means: connected, unsubscribed, the database there, everything received committed, every PUBACK proven.
+        Idle means: connected, unsubscribed, the database there, everything received committed, also what was on a disk,
+        every PUBACK proven.
         """
         if self.done:
             return
         now_s, broker = self._clock(), observation.status["broker"]
         seen = (observation.balance.received, broker["reconnects"])
-        idle = observation.ready and not observation.balance.in_flight and not observation.unproven_acks
+        held = observation.balance.in_flight or observation.status["spool"]["messages"]
+        idle = observation.ready and not held and not observation.unproven_acks
         if seen != self._seen:
             self._seen, self._changed_s = seen, now_s
         if not idle:

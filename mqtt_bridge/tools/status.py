@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any
@@ -54,7 +55,30 @@ def render(status: dict[str, Any]) -> str:
     lines = [f"{title}: {status['state']}, up {span(status['uptime_s'])}"]
     lines += [f"  ! {reason}" for reason in status["reasons"]]
     lines += [f"  {name:<10}{text}" for name, text in _subjects(status)]
+    lines += _table(status.get("processes", []))
     return "\n".join(lines)
+
+
+def _table(processes: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each of several processes."""
+    if not processes:
+        return []
+    rows = [_HEADER, *map(_row, processes)]
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [f"  {row[0]:<{first}}  {'  '.join(map(str.rjust, row[1:], others))}" for row in rows]
+
+
+_HEADER: tuple[str, ...] = ("process", "state", "pid", "restarts", "received/s", "stored", "in flight")
+
+
+def _row(process: dict[str, Any]) -> tuple[str, ...]:
+    first = (process["client_id"], process["state"] or ("NO ANSWER" if process["pid"] else "ENDED"))
+    counted = (str(process["pid"] or "-"), f"{process['restarts']:,}")
+    if process["state"] is None:
+        return (*first, *counted, "-", "-", "-")
+    messages = process["messages"]
+    rate = f"{process['rates']['received_per_s']:,.1f}"
+    return (*first, *counted, rate, f"{messages['stored']:,}", f"{messages['in_flight']:,}")
 
 
 def duration(seconds: float | None) -> str:

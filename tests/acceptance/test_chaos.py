@@ -55,6 +55,18 @@ def test_while_the_database_is_away_nothing_is_lost_not_even_by_a_kill_in_the_mi
     assert code == 0
 
 
+def test_on_two_processes_of_which_any_is_killed_and_their_supervisor_too_every_message_is_stored_exactly_once():
+    code, result = chaos("--quick", "--processes", "2", "--kills", "5")
+
+    assert result["faults"]["kill"] == 5
+    assert result["comparison"]["stored"] == 4000
+    assert [result["comparison"][name] for name in ("lost", "duplicated", "different")] == [0, 0, 0]
+    assert result["recognised"] > 0
+    assert result["left_at_broker"] == 0
+    assert result["problems"] == []
+    assert code == 0
+
+
 def test_without_the_ledger_the_same_faults_bring_duplicates_and_lose_nothing():
     code, result = chaos("--quick", "--messages", "2000", "--without-ledger")
 

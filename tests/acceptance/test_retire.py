@@ -344,3 +344,32 @@ def test_what_cannot_be_a_client_id_is_a_configuration_error(tmp_path, client_id
 
     assert ended.returncode == 2
     assert "MQTT_CLIENT_ID" in ended.stderr
+
+
+def test_what_is_left_in_the_disk_buffer_is_stored_before_the_client_id_is_retired(
+    make_bridge, own_postgres, own_broker, site, retire, tmp_path
+):
+    postgres, broker = own_postgres(), own_broker()
+    database = postgres.create_database("test")
+    spool: dict[str, object] = {"BRIDGE_SPOOL": "always", "BRIDGE_SPOOL_DIR": tmp_path / "spool"}
+    bridge = make_bridge(database, broker, **spool).start().wait_until_ready()
+    postgres.stop("immediate")
+    with Publisher(broker, site) as publisher:
+        publisher.publish(300)
+        publisher.settle()
+        wait_until(lambda: bridge.status()["spool"]["messages"] == 300, what="the messages to be on the disk")
+    bridge.kill()
+    postgres.start()
+    bridge.settings["BRIDGE_SPOOL"] = "off"
+
+    directory = bridge.settings.pop("BRIDGE_SPOOL_DIR")
+    refused = retire(bridge)
+    bridge.settings["BRIDGE_SPOOL_DIR"] = directory
+    ended = retire(bridge)
+
+    assert refused.returncode == 1
+    assert "may still have messages in a disk buffer" in refused.stderr
+    assert ended.returncode == 0, ended.stderr
+    assert "is retired: its session held" in ended.stdout
+    assert compare(database, publisher.published).exact
+    assert query(database, "SELECT client_id FROM mqtt_bridge.owners") == []

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "broker-delay-ms": "added to every packet between bridge and broker",
         "qos0": "share of the messages with QoS 0: they may be lost, but not stored twice",
         "workers": "BRIDGE_WORKERS",
+        "processes": "BRIDGE_PROCESSES: a kill hits one of them, or their supervisor",
         "spool-max-mb": "BRIDGE_SPOOL_MAX_MB",
     }.items():
         default = getattr(usual, name.replace("-", "_"))

@@ -2,16 +2,22 @@
 
 Its guardian is that of the embedded servers; it runs as whoever runs the tests. Its folder, and a spool in it, live as
 long as the run does, over any number of processes.
+
+With several processes (`BRIDGE_PROCESSES`) what is started is their supervisor. It is in sessions of their own that the
+others run: should a run be killed, they end because their supervisor does.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,13 +50,12 @@ class Bridge:
         self.largest_spool_messages = 0
         self.largest_spool_bytes = 0
         self.peak_rss_bytes = 0
-        """Of the process that used most."""
+        """Of the process that used most; of several, of all together."""
         self.rss_bytes = 0
         """Of the present process, when it was last looked at."""
-        self._cpu_s_before = 0.0  # of the processes before the present one
-        self._cpu_s = 0.0
+        self._cpu_s: dict[int, float] = {}  # by process
         self.last_status: dict[str, Any] | None = None
-        """Of the present process."""
+        """Of the present process; of several, when all of them had answered."""
 
     def __enter__(self) -> Self:
         self._guarded.open()
@@ -78,7 +83,7 @@ class Bridge:
     @property
     def cpu_s(self) -> float:
         """CPU seconds of all its processes, each up to when it was last looked at."""
-        return self._cpu_s_before + self._cpu_s
+        return sum(self._cpu_s.values())
 
     def start(self) -> None:
         """Start it; returns at once."""
@@ -87,10 +92,36 @@ class Bridge:
         self._guarded.launch("env", "-i", *settings, sys.executable, "-W", "always", "-m", self._module, "run")
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """SIGKILL; for each of several processes."""
         self.observe()
-        self._guarded.send_signal(signal.SIGKILL)
+        members = self._members()
+        self._guarded.send_signal(signal.SIGKILL)  # first, for it would start the others again
+        for pid in members.values():
+            _kill(pid)
         self.note_end()
+
+    def kill_one(self, dice: random.Random) -> None:
+        """SIGKILL for one of several processes, which is started again; or for their supervisor, as often as for one
+        of the others: then the others leave by themselves while the next start is under way."""
+        self.observe()
+        members = self._members()
+        victim = dice.choice(["supervisor", *sorted(members)]) if members else "supervisor"
+        if victim == "supervisor":
+            self._guarded.send_signal(signal.SIGKILL)
+            self.note_end()
+        else:
+            _kill(members[victim])
+            self.exits[-signal.SIGKILL] += 1
+            self.recognised += sum(
+                each["messages"]["duplicate"]
+                for each in (self.last_status or {}).get("processes", [])
+                if each["pid"] == members[victim]
+            )
+
+    def _members(self) -> dict[str, int]:
+        """Process ids of several processes, by client id; none of a single one."""
+        processes = (self._ask() or {}).get("processes", [])
+        return {each["client_id"]: each["pid"] for each in processes if each["pid"] is not None}
 
     def stop(self) -> int:
         """SIGTERM, and wait for the exit code."""
@@ -104,16 +135,15 @@ class Bridge:
         self.exits[code] += 1
         self.recognised += self.last_status["messages"]["duplicate"] if self.last_status else 0
         self.last_status = None
-        self._cpu_s_before, self._cpu_s = self.cpu_s, 0.0
         return code
 
     def observe(self) -> dict[str, Any] | None:
-        """What it says of itself, None where it does not answer; remembers what is to be remembered."""
-        self._observe_process()
-        try:
-            with _OPENER.open(f"http://127.0.0.1:{self.settings['HTTP_PORT']}/api/status", timeout=5) as answer:
-                status: dict[str, Any] = json.load(answer)
-        except (OSError, ValueError):
+        """What it says of itself, None where it, or one of several, does not answer; remembers what is to be
+        remembered."""
+        status = self._ask()
+        processes = (status or {}).get("processes", [])
+        self._observe_processes([self._guarded.pid, *(each["pid"] for each in processes)])
+        if status is None or any(each["state"] is None for each in processes):
             return None
         self.last_status = status
         self._check_balance(status["messages"])
@@ -125,18 +155,36 @@ class Bridge:
         if messages["received"] != sum(messages.values()) - messages["received"]:
             self.unbalanced.append(str(messages))
 
-    def _observe_process(self) -> None:
-        """Memory of the whole process (proc(5): VmHWM, VmRSS) and its CPU time; nothing where there is no /proc."""
+    def _ask(self) -> dict[str, Any] | None:
         try:
-            status = Path(f"/proc/{self._guarded.pid}/status").read_text()
-            times = Path(f"/proc/{self._guarded.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            return
-        memory = dict(line.split(":", 1) for line in status.splitlines())
-        if "VmRSS" in memory:  # not of a zombie
-            self.rss_bytes = _kilobytes(memory["VmRSS"])
-            self.peak_rss_bytes = max(self.peak_rss_bytes, _kilobytes(memory["VmHWM"]))
-            self._cpu_s = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+            with _OPENER.open(f"http://127.0.0.1:{self.settings['HTTP_PORT']}/api/status", timeout=5) as answer:
+                status: dict[str, Any] = json.load(answer)
+        except (OSError, ValueError):
+            return None
+        return status
+
+    def _observe_processes(self, pids: Sequence[int | None]) -> None:
+        """Memory of all these processes (proc(5): VmHWM, VmRSS) and their CPU time; nothing where there is no /proc."""
+        rss_bytes = peak_bytes = 0
+        for pid in pids:
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+                times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended
+                continue
+            memory = dict(line.split(":", 1) for line in status.splitlines())
+            if pid is not None and "VmRSS" in memory:  # not of a zombie
+                rss_bytes += _kilobytes(memory["VmRSS"])
+                peak_bytes += _kilobytes(memory["VmHWM"])
+                self._cpu_s[pid] = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+        if rss_bytes:
+            self.rss_bytes = rss_bytes
+            self.peak_rss_bytes = max(self.peak_rss_bytes, peak_bytes)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _kilobytes(text: str) -> int:

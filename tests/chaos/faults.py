@@ -8,6 +8,7 @@ counted apart.
 
 from __future__ import annotations
 
+import random
 import socket
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ class Faults:
     def __init__(self, stage: Stage, wait: Wait) -> None:
         self._stage = stage
         self._wait = wait
+        self._dice = random.Random(stage.parameters.seed)
         self._outage_ends_s: float | None = None
         self._kept_port: socket.socket | None = None
         self.done: Counter[Kind] = Counter()
@@ -91,7 +93,8 @@ class Faults:
         """Whether it has received messages; without a database it is enough that it is there."""
 
         def receives(status: dict[str, Any]) -> bool:
-            return bool(status["messages"]["received"]) or self._nothing_to_hit
+            each = status.get("processes", [status])
+            return all(process["messages"]["received"] for process in each) or self._nothing_to_hit
 
         return self._recovered(receives) and not self._worked_off
 
@@ -100,16 +103,24 @@ class Faults:
     def _kill(self) -> bool:
         if not self._receives():
             return False
-        self._stage.bridge.kill()
-        self._stage.bridge.start()
+        self._kill_it()
         return True
+
+    def _kill_it(self) -> None:
+        """The bridge; of several processes any one, or the supervisor."""
+        bridge = self._stage.bridge
+        if self._stage.parameters.processes == 1:
+            bridge.kill()
+        elif bridge.running:
+            bridge.kill_one(self._dice)
+        if not bridge.running:
+            bridge.start()
 
     def _kill_early(self, after_s: float) -> bool:
         if not self._kill():
             return False
         self._wait(lambda: False, timeout_s=after_s)
-        self._stage.bridge.kill()
-        self._stage.bridge.start()
+        self._kill_it()
         return True
 
     def _steal(self) -> bool:
@@ -141,9 +152,17 @@ class Faults:
         stage = self._stage
         allowed = stage.publisher.leave()
         stage.broker.restart()
+        done = self._resubscribed()
         stage.publisher.join()
         stage.publisher.allow(allowed)
-        return True
+        return done
+
+    def _resubscribed(self) -> bool:
+        """Wait for the processes of a shared subscription, of which Mosquitto remembers nothing through a restart: what
+        is published before one of them has subscribed again is a hole that no client can close."""
+        if self._stage.parameters.processes == 1:
+            return True
+        return self._recovered(lambda status: not any("not subscribed" in reason for reason in status["reasons"]))
 
     # -- the links
 

@@ -59,7 +59,7 @@ class Proof:
 
 def proofs(*, minutes: float) -> list[Proof]:
     """All of them. The outages last so many minutes."""
-    return [*_under_all_faults(), *_identical(), *_outages(minutes), *_special()]
+    return [*_under_all_faults(), *_identical(), *_outages(minutes), *_special(), *_several_processes()]
 
 
 def _under_all_faults() -> Iterator[Proof]:
@@ -136,6 +136,28 @@ def _special() -> Iterator[Proof]:
     yield Proof("spool-always-100k", "100,000 messages at 2,500/s that repeat, spool always", parameters)
     parameters = Parameters(messages=60_000, rate=1000.0, outage=30.0, spool="outage", early_kills=5, **FAULTS)
     yield Proof("spool-outage", "60,000 messages at 1,000/s, spool outage, 30 s without a database", parameters)
+
+
+def _several_processes() -> Iterator[Proof]:
+    for seed in (1, 2, 3):
+        parameters = Parameters(processes=2, early_kills=5, seed=seed, **FAULTS)
+        yield Proof(f"processes2-20k-seed{seed}", f"20,000 messages at 400/s, two processes, seed {seed}", parameters)
+    parameters = Parameters(messages=100_000, rate=2500.0, processes=2, **FAULTS)
+    yield Proof("processes2-100k", "100,000 messages at 2,500/s, two processes", parameters)
+    parameters = Parameters(messages=100_000, rate=2500.0, processes=4, payload="cyclic", **FAULTS)
+    yield Proof("processes4-100k-cyclic", "100,000 messages that repeat at 2,500/s, four processes", parameters)
+    parameters = Parameters(processes=2, spool="always", early_kills=5, **FAULTS)
+    yield Proof("processes2-spool-always", "20,000 messages at 400/s, two processes, spool always", parameters)
+    parameters = Parameters(
+        messages=60_000, rate=1000.0, processes=2, outage=30.0, spool="outage", early_kills=5, **FAULTS
+    )
+    title = "60,000 messages at 1,000/s, two processes, spool outage, 30 s without a database"
+    yield Proof("processes2-spool-outage", title, parameters)
+    parameters = Parameters(processes=2, steals=10, **(NONE | {"broker_restarts": 1, "db_crashes": 2}))
+    yield Proof("processes2-steals", "20,000 messages at 400/s, two processes, another bridge takes over", parameters)
+    faults = FEW | {"kills": 10}
+    parameters = Parameters(messages=200_000, payload="cyclic", processes=2, backlog=True, **faults)
+    yield Proof("processes2-backlog", "backlog of 200,000 that repeat, at full speed, two processes", parameters)
 
 
 # -- running them

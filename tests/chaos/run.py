@@ -26,7 +26,7 @@ from tests.chaos.leftovers import left_in_session, left_in_spool
 from tests.chaos.machine import this_machine
 from tests.chaos.result import Result
 from tests.chaos.schedule import Fault, Parameters, schedule
-from tests.chaos.stage import CLIENT_ID, Stage
+from tests.chaos.stage import Stage
 
 AHEAD_S = 4.0
 """How far the publisher may run ahead of a fault, in seconds of its rate."""
@@ -238,10 +238,10 @@ class Run:
             published_per_s=round(publisher.published / max(0.001, publishing_s), 1),
             repeated_by_publisher=publisher.repeated,
             comparison=self._compare(),
-            reach=None if parameters.freezes else Settings().bridge_batch_size * parameters.workers,
+            reach=self._reach(),
             settled=settled,
-            left_at_broker=left_in_session(stage.broker, CLIENT_ID, protocol=parameters.protocol),
-            left_in_spool=left_in_spool(stage.spool_directory),
+            left_at_broker=self._left_at_broker(),
+            left_in_spool=sum(map(left_in_spool, stage.spool_directories)),
             account_problems=(*self._account_problems, *bridge.unbalanced, *thief.unbalanced),
             faults=dict(faults.done),
             missed=dict(faults.missed),
@@ -260,6 +260,18 @@ class Run:
             seconds=round(seconds, 1),
             exits=dict(bridge.exits + thief.exits),
         )
+
+    def _reach(self) -> int | None:
+        parameters = self._parameters
+        if parameters.freezes or parameters.processes > 1:  # while one process is away, the others go on
+            return None
+        return Settings().bridge_batch_size * parameters.workers
+
+    def _left_at_broker(self) -> int | None:
+        """Over the sessions of all processes; None where one of them has none."""
+        protocol = self._parameters.protocol
+        found = [left_in_session(self._stage.broker, each, protocol=protocol) for each in self._stage.client_ids]
+        return None if None in found else sum(count or 0 for count in found)
 
     def _compare(self) -> Comparison:
         return compare(

@@ -74,6 +74,8 @@ class Parameters:
     backlog: bool = False
     """Everything is published while the bridge is down; faults come while it catches up."""
     workers: int = 2
+    processes: int = 1
+    """Of the bridge; with several, each kill hits one of them, or their supervisor."""
     spool: Literal["off", "outage", "always"] = "off"
     spool_max_mb: int = 1024
     without_ledger: bool = False
@@ -86,6 +88,8 @@ class Parameters:
         enough = int((self.outage + 2 * MARGIN_S) * self.rate)
         if self.outage and self.messages < enough:
             return f"an outage of {self.outage:g} s at {self.rate:g}/s needs at least {enough} messages."
+        if self.processes > 1 and (self.protocol != "5" or self.without_ledger):
+            return "several processes need MQTT 5, and the ledger."
         if not 0.0 <= self.qos0 < 1.0:
             return "the share of QoS 0 is from 0 to below 1."
         return None

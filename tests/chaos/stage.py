@@ -39,6 +39,19 @@ class Stage:
         return self.bridge.directory / "spool"
 
     @property
+    def client_ids(self) -> list[str]:
+        """Of all processes of the bridge."""
+        count = self.parameters.processes
+        return [CLIENT_ID] if count == 1 else [f"{CLIENT_ID}-{number}" for number in range(1, count + 1)]
+
+    @property
+    def spool_directories(self) -> list[Path]:
+        """Of all processes of the bridge."""
+        if self.parameters.processes == 1:
+            return [self.spool_directory]
+        return [self.spool_directory / client_id for client_id in self.client_ids]
+
+    @property
     def broker_log(self) -> str:
         """All that the broker has written."""
         return (self.broker.directory / "server.log").read_text(errors="replace")
@@ -84,6 +97,7 @@ class Stage:
             MQTT_TOPICS="chaos/{device}/telemetry",
             MQTT_CLIENT_ID=CLIENT_ID,
             BRIDGE_WORKERS=parameters.workers,
+            BRIDGE_PROCESSES=parameters.processes,
             **(FULL_QUEUE if parameters.full_queue else {}),
         )
 

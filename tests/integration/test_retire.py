@@ -326,7 +326,10 @@ class Clock:
 
 def seen(*, received: int = 0, in_flight: int = 0, unproven: int = 0, reconnects: int = 0, **changes: Any) -> Any:
     return SimpleNamespace(
-        status={"broker": {"session_present": changes.get("present", True), "reconnects": reconnects}},
+        status={
+            "broker": {"session_present": changes.get("present", True), "reconnects": reconnects},
+            "spool": {"messages": changes.get("spooled", 0)},
+        },
         balance=SimpleNamespace(received=received, in_flight=in_flight),
         unproven_acks=unproven,
         ready=changes.get("ready", True),
@@ -339,6 +342,7 @@ def seen(*, received: int = 0, in_flight: int = 0, unproven: int = 0, reconnects
         ({"received": 8}, {"received": 8}),
         ({"reconnects": 1}, {"reconnects": 1}),
         ({"in_flight": 1}, {}),
+        ({"spooled": 1}, {}),
         ({"unproven": 1}, {}),
         ({"ready": False}, {}),
     ],

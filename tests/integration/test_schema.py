@@ -152,6 +152,20 @@ def test_any_number_of_processes_may_start_at_once(database):
 # -- what is not there
 
 
+def test_the_bookkeeping_of_version_1_is_brought_up_to_date_and_keeps_its_rows(connection):
+    sql(connection, schema.ddl(NOW))
+    sql(connection, "ALTER TABLE mqtt_bridge.owners DROP COLUMN member_of")
+    sql(connection, "DELETE FROM mqtt_bridge.schema_version WHERE version > 1")
+    sql(connection, "INSERT INTO mqtt_bridge.owners (client_id, owner_epoch, session_epoch) VALUES ('hall', 7, 2)")
+    assert schema.missing(connection) == ["column mqtt_bridge.owners.member_of is missing"]
+
+    schema.ensure(connection, create=True)
+
+    assert schema.missing(connection) == []
+    assert sql(connection, "SELECT client_id, owner_epoch, member_of FROM mqtt_bridge.owners") == [("hall", 7, None)]
+    assert sql(connection, "SELECT version FROM mqtt_bridge.schema_version ORDER BY 1") == [(1,), (2,)]
+
+
 def test_missing_objects_are_named_with_the_remedy(connection):
     with pytest.raises(SchemaError) as caught:
         schema.ensure(connection, create=False)

@@ -127,6 +127,21 @@ def test_the_view_shows_state_reasons_and_account():
     ]
 
 
+def test_several_processes_are_shown_in_a_table_below_the_sums():
+    processes = [
+        {"client_id": "hall-1", "pid": 4711, "restarts": 0, **STATUS, "state": "running"},
+        {"client_id": "hall-2", "pid": 4712, "restarts": 1_000, "state": None, "reasons": ["its process ..."]},
+        {"client_id": "hall-10", "pid": None, "restarts": 7, "state": None, "reasons": ["its process ..."]},
+    ]
+
+    assert render(STATUS | {"processes": processes}).splitlines()[10:] == [
+        "  process      state   pid  restarts  received/s  stored  in flight",
+        "  hall-1     running  4711         0       200.0  12,300         40",
+        "  hall-2   NO ANSWER  4712     1,000           -       -          -",
+        "  hall-10      ENDED     -         7           -       -          -",
+    ]
+
+
 def test_a_filled_spool_is_shown_with_its_size():
     spooled = STATUS | {"spool": {"messages": 1_500, "bytes": 3 * 1_048_576}, "oldest_unacked_s": 0}
 

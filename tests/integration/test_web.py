@@ -18,7 +18,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from mqtt_bridge.errors import SettingsError
+from mqtt_bridge.leash import Answer as Told
+from mqtt_bridge.member import Sight
+from mqtt_bridge.supervisor import _of_process
 from mqtt_bridge.web import Web
+from tests.observations import make_observation
 
 ALL_PATHS = ["/", "/metrics", "/healthz", "/readyz", "/api/status"]
 OPEN_PATHS = ["/healthz", "/readyz"]
@@ -156,6 +160,19 @@ def test_the_status_page_loads_nothing_from_elsewhere(web):
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert b"/api/status" in answer.body
     assert not re.search(rb"(src|href)=[\"']?(https?:)?//", answer.body)
+
+
+def test_the_status_page_shows_of_each_process_what_the_supervisor_tells_of_it(web):
+    page = ask(web, "/").body.decode()
+    table = page[page.index("function showProcesses") : page.index("function show(status)")]
+
+    read = set(re.findall(r"process\.([a-z_]+)", table))
+
+    answer = Told(make_observation(), [])
+    told = _of_process(Sight("hall-1", 4711, 0, answer, 0.0, failing=False))
+    assert {"client_id", "state", "pid", "restarts", "rates", "messages"} == read
+    assert read <= told.keys()
+    assert told["messages"].keys() >= set(re.findall(r"process\.messages\?\.([a-z_]+)", table)) != set()
 
 
 def test_the_content_policy_allows_exactly_the_script_and_the_style_of_the_page(web):

@@ -23,7 +23,7 @@ from prometheus_client import ProcessCollector
 from benchmarks import documents
 from mqtt_bridge import cli, errors
 from mqtt_bridge import settings as settings_module
-from mqtt_bridge.metrics import METRICS
+from mqtt_bridge.metrics import METRICS, PROCESS_METRICS
 from mqtt_bridge.routes import Router, default_routes
 from mqtt_bridge.settings import NAMES, Settings, describe
 from mqtt_bridge.tools.explain import explain
@@ -62,7 +62,7 @@ def commands_table(_: list[list[str]]) -> list[str]:
 
 def _usage(command: click.Command) -> str:
     arguments = [f"[{p.name.upper()}]" for p in command.params if isinstance(p, click.Argument)]
-    options = [p.opts[0] for p in command.params if isinstance(p, click.Option)]
+    options = [p.opts[0] for p in command.params if isinstance(p, click.Option) and not p.hidden]
     shown = [f"[{option}]" for option in options[:3]] + (["[...]"] if len(options) > 3 else [])
     return " ".join([str(command.name), *arguments, *shown])
 
@@ -72,7 +72,7 @@ def _sentence(command: click.Command) -> str:
 
 
 def metrics_table(_: list[list[str]]) -> list[str]:
-    rows = [(f"`{m.name}`", m.kind, f"`{m.label}`" if m.label else "", m.help) for m in METRICS]
+    rows = [(f"`{m.name}`", m.kind, f"`{m.label}`" if m.label else "", m.help) for m in (*METRICS, *PROCESS_METRICS)]
     return _table(("Metric", "Type", "Label", "Meaning"), rows)
 
 
@@ -237,7 +237,8 @@ def test_every_metric_that_is_named_exists() -> None:
     process = {f"{m.name}_total" if m.type == "counter" else m.name for m in ProcessCollector(registry=None).collect()}
     named = {(path, name) for path, name in everywhere(r"\b(?:mqtt_bridge|process)_[a-z_]+\b") if name.count("_") > 1}
 
-    assert {(path, name) for path, name in named if name not in {m.name for m in METRICS} | process} == set()
+    known = {m.name for m in (*METRICS, *PROCESS_METRICS)} | process
+    assert {(path, name) for path, name in named if name not in known} == set()
     assert process <= {name for path, name in named if path == "metrics.md"}
 
 
@@ -357,7 +358,7 @@ def test_every_sentence_that_is_quoted_is_one_of_the_program() -> None:
 
 def reasons() -> Iterator[str]:
     """Why the bridge is not ready, or not healthy, as far as the code that decides it has whole sentences."""
-    for name in ("health", "watchdog", "bridge"):
+    for name in ("health", "watchdog", "bridge", "member"):
         for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
             if isinstance(node, ast.Call) and _called(node) in ("append", "Sign") and node.args:
                 yield from _texts(node.args[0])

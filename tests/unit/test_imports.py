@@ -16,7 +16,20 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 TABLE = [
     ["__main__", "cli", "pytest_plugin", "testing", "tools"],
-    ["bridge", "tender", "health", "watchdog", "web", "logs"],
+    [
+        "supervisor",
+        "former_members",
+        "commands",
+        "member",
+        "leash",
+        "totals",
+        "bridge",
+        "tender",
+        "health",
+        "watchdog",
+        "web",
+        "logs",
+    ],
     [
         "pipeline",
         "subscriber",
@@ -31,7 +44,7 @@ TABLE = [
         "diversion",
     ],
     ["sink", "transactions", "isolation", "connections", "copying", "spool", "routes", "schema"],
-    ["decoders", "acks", "ownership", "ledger", "retained", "dead_letters", "settings", "dsn"],
+    ["decoders", "acks", "ownership", "ledger", "retained", "dead_letters", "membership", "settings", "dsn"],
     [
         "topics",
         "metrics",

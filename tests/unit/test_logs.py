@@ -172,3 +172,18 @@ def _without_time(line, form):
     if form == "console":
         return line.split(" ", 1)[1]
     return {name: value for name, value in json.loads(line).items() if name not in ("time", "logger")}
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_every_line_of_one_of_several_processes_tells_its_client_id(written, format):
+    logs.configure("info", format, client_id="hall-2", stream=written)
+
+    structlog.get_logger().info("Now.")
+    logging.getLogger("paho").warning("From elsewhere.")
+    structlog.get_logger().info("Of another.", client_id="hall")
+
+    lines = written.getvalue().splitlines()
+    if format == "json":
+        assert [json.loads(line)["client_id"] for line in lines] == ["hall-2", "hall-2", "hall"]
+    else:
+        assert [line.partition("client_id=")[2] for line in lines] == ["hall-2", "hall-2", "hall"]

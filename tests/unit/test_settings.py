@@ -13,7 +13,7 @@ from psycopg2.extensions import parse_dsn
 from pydantic import ValidationError
 
 from mqtt_bridge.errors import SettingsError
-from mqtt_bridge.settings import NAMES, Settings, describe, load, unknown_names
+from mqtt_bridge.settings import NAMES, Settings, describe, inheritance, load, unknown_names
 
 EXAMPLE = Path(__file__).parents[2] / ".env.example"
 
@@ -294,6 +294,44 @@ def test_a_shared_subscription_needs_mqtt_5():
     assert "need MQTT 5" in problem.problem
 
 
+def test_several_processes_need_mqtt_5():
+    assert load({"BRIDGE_PROCESSES": "4"}, None).bridge_processes == 4
+
+    problem = problem_of(BRIDGE_PROCESSES="4", MQTT_PROTOCOL="3.1.1")
+
+    assert (problem.setting, problem.value) == ("BRIDGE_PROCESSES", "4")
+    assert "MQTT_PROTOCOL=5" in problem.remedy
+
+
+@pytest.mark.parametrize("client_id", ["hall/7", "a+b", "#"])
+def test_the_client_id_of_several_processes_has_to_be_fit_for_a_group_unless_there_is_one(client_id):
+    assert "MQTT_SHARED_GROUP" in problem_of(BRIDGE_PROCESSES="2", MQTT_CLIENT_ID=client_id).remedy
+
+    load({"BRIDGE_PROCESSES": "2", "MQTT_CLIENT_ID": client_id, "MQTT_SHARED_GROUP": "hall"}, None)
+    load({"MQTT_CLIENT_ID": client_id}, None)
+
+
+# --- For a subprocess
+
+
+def test_a_subprocess_has_the_same_settings_whatever_becomes_of_the_env_file(env_file):
+    path = env_file("MQTT_HOST=broker\nMQTT_PASSWORD_FILE=/run/secret\nPGHOST=db\nPGPORT=\nOTHER=1\n")
+    environ = {"MQTT_PORT": "1999", "PATH": "/bin", "MQTT_CLIENT_ID": "hall"}
+
+    inherited = inheritance(environ, path)
+
+    later = env_file("MQTT_HOST=another\nMQTT_USERNAME=alice\nDATABASE_URL=postgresql://elsewhere/\n")
+    path_of_secret = later.with_name("secret")
+    path_of_secret.write_text("hunter2")
+    settings = load(inherited | {"MQTT_PASSWORD_FILE": str(path_of_secret)}, later)
+    assert (settings.mqtt_host, settings.mqtt_port, settings.mqtt_client_id) == ("broker", 1999, "hall")
+    assert settings.mqtt_credentials() == (None, "hunter2")
+    assert settings.database_url is None
+    assert (inherited["PGHOST"], inherited["PATH"], inherited["MQTT_PASSWORD_FILE"]) == ("db", "/bin", "/run/secret")
+    assert "PGPORT" not in inherited
+    assert "OTHER" not in inherited
+
+
 def test_mqtt_3_allows_no_password_without_a_user_name():
     assert problem_of(MQTT_PASSWORD="x", MQTT_PROTOCOL="3.1.1").setting == "MQTT_PASSWORD"
 
@@ -304,7 +342,7 @@ def test_routes_and_topics_together_are_refused():
     assert any("MQTT_TOPICS is set as well" in problem.problem for problem in problems)
 
 
-@pytest.mark.parametrize(("name", "value"), [("BRIDGE_PROCESSES", "2")])
+@pytest.mark.parametrize(("name", "value"), [("BRIDGE_ROUTES", "preset:shelly")])
 def test_what_does_not_exist_yet_is_one_clear_problem(name, value):
     problem = problem_of(**{name: value})
 
