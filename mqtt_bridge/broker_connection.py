@@ -47,7 +47,7 @@ BARRIER_EVERY_S = 1.0
 BARRIER_EVERY_ACKS = 2_048
 """Without waiting for the last answer, which is queued behind as much as the broker has sent: what is unproven grows by
 no more than that, and this."""
-PART_STEP_S = 0.25
+PART_PAUSE_S = 0.1
 SESSION_WAIT_S = 5.0
 """How long SUBSCRIBE waits for the database to learn that the session was lost."""
 SESSION_TAKEN_OVER = 0x8E
@@ -244,17 +244,20 @@ class BrokerConnection:
         """Whether the broker is known to have seen every acknowledgement that was sent."""
         return not self._acks.unproven
 
-    def part(self, timeout_s: float) -> None:
+    def part(self, timeout_s: float, *, pause: Callable[[float], object]) -> None:
         """Say goodbye, and wait for the broker to hang up, at most `timeout_s`: it then has read what was sent.
 
         Cut off with unread data in the socket, it would forget every acknowledgement that it has not read yet. What
-        it goes on sending is not taken in.
+        it goes on sending is not taken in, and looked at now and then only: a broker that cannot write has the more
+        time to read.
         """
         self._parting = True
         self._client.part()
         deadline_s = self._clock() + timeout_s
-        while self._clock() < deadline_s and self._client.loop(PART_STEP_S) == MQTTErrorCode.MQTT_ERR_SUCCESS:
-            pass
+        ended = self._client.loop_write()
+        while not ended and self._client.socket() is not None and self._clock() < deadline_s:
+            pause(PART_PAUSE_S)
+            ended = self._client.loop_read() or self._client.loop_write()
 
     def leave(self) -> None:
         """Send DISCONNECT; the session stays at the broker."""

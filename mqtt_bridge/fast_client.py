@@ -33,6 +33,8 @@ from mqtt_bridge.publish_packet import PUBLISH, MalformedPublish, PublishReader,
 
 READ_BYTES = 1 << 16
 """Asked of the socket at a time: enough for some 500 messages."""
+PARTING_BYTES = 1 << 23
+"""Thrown away at a time after the goodbye: more than the kernels on both sides hold of a connection that was closed."""
 _PUBACK = 0x4002_0000
 """A PUBACK (MQTT 3.1.1 section 3.4, MQTT 5 section 3.4) as a number, but for its packet id in the lower half."""
 
@@ -78,8 +80,8 @@ class FastClient(mqtt.Client):
 
     def _packet_read(self) -> MQTTErrorCode:
         """Called by paho when the socket has something to read."""
-        received = 0
-        while received < READ_BYTES:
+        received, most = 0, PARTING_BYTES if self._parting else READ_BYTES
+        while received < most:
             try:
                 # paho's websocket gives a bytearray, in 2.0 and 2.1; of bytes no copy is made.
                 data = bytes(self._sock_recv(max(READ_BYTES, self._missing)))
@@ -95,7 +97,7 @@ class FastClient(mqtt.Client):
             if rc != MQTTErrorCode.MQTT_ERR_SUCCESS or self._sock is None:
                 return rc
             received += len(data)
-            if type(self._sock) is socket.socket and len(data) < READ_BYTES:
+            if type(self._sock) is socket.socket and len(data) < READ_BYTES and not self._parting:
                 break  # it has no more. TLS and websockets may hold some back, of which `select` does not know.
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 

@@ -360,7 +360,7 @@ class Subscriber:
             self._inbox.wait_until_settled(0.05)
             if not connection.step_without_reading():
                 return
-        connection.part(max(0.0, deadline_s - time.monotonic()))
+        connection.part(max(0.0, deadline_s - time.monotonic()), pause=self._stop.wait)
 
     # -- backpressure
 
