@@ -39,8 +39,14 @@ _PUBACK = 0x4002_0000
 """A PUBACK (MQTT 3.1.1 section 3.4, MQTT 5 section 3.4) as a number, but for its packet id in the lower half."""
 
 _DISCONNECT = PacketTypes.DISCONNECT << 4
-_REFUSALS = (MQTTException, getattr(paho.mqtt.properties, "MQTTException", MQTTException))
-"""What paho raises of a packet that it does not like: in 2.0 and 2.1 two classes of one name."""
+DISLIKES = (
+    MQTTException,
+    getattr(paho.mqtt.properties, "MQTTException", MQTTException),  # another class of that name, before 2.2
+    struct.error,
+    LookupError,
+    ValueError,
+)
+"""What paho raises of a packet that it cannot read: before 2.2 whatever happens then."""
 
 _GOODBYE = bytes.fromhex("e0 00")
 """DISCONNECT, normal: MQTT 3.1.1 section 3.14, MQTT 5 section 3.14."""
@@ -154,10 +160,20 @@ class FastClient(mqtt.Client):
         self._in_packet = _packet(command, body)
         try:
             return self._packet_handle()
-        except _REFUSALS as error:
-            raise MalformedPublish(f"a packet of type {command >> 4} that cannot be read: {error}") from error
+        except DISLIKES as error:
+            if is_of_paho(error):
+                raise MalformedPublish(f"a packet of type {command >> 4} that cannot be read: {error!r}") from error
+            raise
         finally:
             self._in_packet = _packet(0, b"")
+
+
+def is_of_paho(error: BaseException) -> bool:
+    """Whether it was raised in paho's own code: not in a callback, where it would be a bug of the bridge."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and str(traceback.tb_frame.f_globals.get("__name__")).startswith("paho.")
 
 
 def _packet(command: int, body: bytes) -> Any:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import MQTTErrorCode
 
-from mqtt_bridge.fast_client import OnMalformed, OnRun
+from mqtt_bridge.fast_client import DISLIKES, OnMalformed, OnRun, is_of_paho
 from mqtt_bridge.model import Properties, Run
 from mqtt_bridge.publish_packet import MalformedPublish, TopicAliases
 from mqtt_bridge.publish_properties import USER_PROPERTY
@@ -38,6 +39,16 @@ class StockClient(mqtt.Client):
     def part(self) -> None:
         """Nothing: paho closes the socket as soon as it has written DISCONNECT, which is no better than to close it."""
         self.disconnect()
+
+    def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
+        """As paho's; a packet that paho cannot read is told of, where it raises whatever happens then (before 2.2)."""
+        try:
+            return super().loop_read(max_packets)
+        except DISLIKES as error:
+            if not is_of_paho(error):
+                raise
+            self._on_malformed(MalformedPublish(f"a packet that paho-mqtt cannot read: {error!r}"))
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
 
     def _receive(self, _client: object, _userdata: object, message: mqtt.MQTTMessage) -> None:
         topic, properties = self._aliases.resolve(_topic(message), _properties(message))

@@ -25,7 +25,7 @@ from mqtt_bridge.broker_connection import client_class
 from mqtt_bridge.fast_client import READ_BYTES, FastClient, why_unfit
 from mqtt_bridge.settings import Settings
 from mqtt_bridge.stock_client import StockClient
-from tests.packets import PINGRESP, Publish, cut, suback, text, unsuback
+from tests.packets import PINGRESP, Publish, cut, suback, text, unsuback, with_length
 
 CONNACK = {True: b"\x20\x03\x00\x00\x00", False: b"\x20\x02\x00\x00"}
 A, B, C = Publish(b"a", b"1", packet_id=1), Publish(b"b", b"22", packet_id=2), Publish(b"c", b"", packet_id=3)
@@ -99,7 +99,8 @@ class Rig:
         self.wire.pieces += pieces
         before = len(self.told)
         while self.wire.pieces and self.client._sock is not None:
-            self.client.loop_read()
+            if self.client.loop_read() != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                break
         return self.told[before:]
 
 
@@ -360,6 +361,25 @@ def test_another_packet_that_cannot_be_read_ends_the_connection_with_a_reason():
 
     assert told[0] == A
     assert [each.split(":")[0] for each in told[1:]] == ["malformed", "disconnected"]
+
+
+HEADS = st.sampled_from([kind << 4 | flags for kind in range(16) for flags in (0, 2) if kind != 3])
+BODIES = st.lists(st.one_of(st.integers(0, 2), st.integers(0, 255)), max_size=9).map(bytes)
+
+
+@V5_AND_V3
+@EITHER
+@given(st.tuples(HEADS, BODIES))
+def test_any_other_packet_is_handled_or_ends_the_connection_and_raises_nothing(class_, is_v5, packet):
+    head, body = packet
+    rig = Rig(class_, is_v5=is_v5)
+
+    told = rig.read(CONNACK[is_v5] + bytes([head]) + with_length(body) + A.encode(is_v5=is_v5))
+    rig.client._sock = None
+
+    assert told[0] == "connected: Success"
+    ended = any(str(each).startswith(("disconnected", "malformed")) for each in told)
+    assert ended != (told[-1] == A)
 
 
 @EITHER
