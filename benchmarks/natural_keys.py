@@ -17,7 +17,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +56,7 @@ class Leg(NamedTuple):
     there: float = 0.0
     """This part of the messages is in the table before it begins."""
     memory: bool = True
+    """Whether conflicts are remembered."""
 
 
 def _legs() -> list[Leg]:
@@ -67,14 +68,19 @@ def _legs() -> list[Leg]:
         Leg("no key, index (device, metric, time)", "by device", plain),
         Leg("key, time first, all new", "time first", nothing),
         Leg("key, device first, all new", "device first", nothing),
-        Leg("time first, all there already", "time first", nothing, 1.0),
-        Leg("time first, all there already, no memory", "time first", nothing, 1.0, memory=False),
         Leg("device first, all there already", "device first", nothing, 1.0),
         Leg("device first, all there already, update", "device first", update, 1.0),
-        Leg("time first, 1 % there already", "time first", nothing, 0.01),
-        Leg("time first, 1 % there already, no memory", "time first", nothing, 0.01, memory=False),
-        Leg("time first, 0.01 % there already", "time first", nothing, 0.0001),
-        Leg("time first, 0.01 % there already, no memory", "time first", nothing, 0.0001, memory=False),
+        *(
+            Leg(
+                f"time first, {part:g} % there already{', no memory' * (not memory)}",
+                "time first",
+                nothing,
+                part / 100,
+                memory,
+            )
+            for part in (100.0, 1.0, 0.1, 0.01)
+            for memory in (True, False)
+        ),
     ]
 
 
@@ -95,17 +101,18 @@ class House:
         """Close its connections."""
         self._connections.close()
 
-    def run(self, leg: Leg) -> tuple[float, float]:
-        """(messages a second, microseconds of the server a message)."""
+    def run(self, leg: Leg) -> tuple[float, float, float]:
+        """(messages a second, microseconds of the server a message, bytes of table and index a row)."""
         self._prepare(leg)
         batches = self._batches(leg.table, self._rows)
         self._sink._transactions._conflicts = Conflicts() if leg.memory else _Forgetful()
         began_s, cpu_s = time.perf_counter(), _processor_s(self._pid)
         self._store(batches)
         took_s, cpu_s = time.perf_counter() - began_s, _processor_s(self._pid) - cpu_s
-        count = self._sql(f"SELECT count(*) FROM {leg.table.name}")
+        count = self._sql(f"SELECT count(*) FROM {leg.table.name}") or 0  # noqa: S608  a name of ours
+        size_bytes = self._sql(f"SELECT pg_total_relation_size('{leg.table.name}')") or 0
         assert count == len(self._rows) * len(METRICS), f"{leg.name}: {count} rows"
-        return len(self._rows) / took_s, cpu_s / len(self._rows) * 1e6
+        return len(self._rows) / took_s, cpu_s / len(self._rows) * 1e6, size_bytes / count
 
     def _prepare(self, leg: Leg) -> None:
         name = leg.table.name
@@ -114,9 +121,7 @@ class House:
         if leg.index != "none":
             self._sql(INDEXES[leg.index].format(name))
         if leg.there:
-            chosen = random.Random(leg.name.removesuffix(", no memory")).sample(
-                self._rows, max(1, int(len(self._rows) * leg.there))
-            )
+            chosen = random.Random(leg.there).sample(self._rows, int(len(self._rows) * leg.there))
             self._store(self._batches(leg.table._replace(key=()), sorted(chosen)))
         self._sql("TRUNCATE mqtt_bridge.ledger")
         self._sql("CHECKPOINT")
@@ -146,7 +151,8 @@ class House:
 
 
 class _Forgetful(Conflicts):
-    BATCHES = 0
+    def met(self, tables: Iterable[Table]) -> None:
+        pass
 
 
 def _rows(number: int) -> list[Row]:
@@ -182,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     legs = _legs()
-    figures: dict[str, list[tuple[float, float]]] = {leg.name: [] for leg in legs}
+    figures: dict[str, list[tuple[float, float, float]]] = {leg.name: [] for leg in legs}
     with Postgres() as server:
         house = House(server, workers=options.workers, batches=options.batches)
         print(f"Measured on {machine(server.dsn('keys'))}.\n")
@@ -190,11 +196,12 @@ def main() -> None:
             for leg in legs:
                 figures[leg.name].append(house.run(leg))
         house.close()
-    unit = statistics.median(rate for rate, _ in figures[legs[1].name])
-    print("| table | messages/s | of the second line | server, us a message |\n| --- | --- | --- | --- |")
+    unit = statistics.median(rate for rate, *_ in figures[legs[1].name])
+    heads = ("table", "messages/s", "of the second line", "server, us a message", "bytes a row, with index")
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for name, found in figures.items():
-        rate, cpu_us = (statistics.median(values) for values in zip(*found, strict=True))
-        print(f"| {name} | {rate:,.0f} | {rate / unit:.2f} | {cpu_us:.0f} |")
+        rate, cpu_us, size_bytes = (statistics.median(values) for values in zip(*found, strict=True))
+        print(f"| {name} | {rate:,.0f} | {rate / unit:.2f} | {cpu_us:.0f} | {size_bytes:.0f} |")
 
 
 if __name__ == "__main__":

@@ -33,21 +33,34 @@ UNIQUE_VIOLATION = "23505"
 
 
 class Conflicts:
-    """Which tables had conflicts lately: their next batches save themselves the COPY that fails.
+    """Which tables have conflicts in one batch after another: the next ones save themselves the COPY that fails.
 
-    Without a lock: it is a guess. Wrong, it costs a detour, never a row.
+    That pays where nearly every batch has one, as in a stream that is delivered again; where one in five has, it would
+    cost more than it saves (`benchmarks/natural_keys.py`). Without a lock: it is a guess. Wrong, it costs a detour,
+    never a row.
     """
 
+    IN_A_ROW = 2
+    """So many batches with a conflict, none without between them, and more are expected ..."""
     BATCHES = 20
-    """So many batches of a table go through the temporary table before COPY is tried again."""
+    """... for so many batches: then COPY is tried again, since what `update` replaces looks like what is new."""
 
     def __init__(self) -> None:
+        self._in_a_row: dict[Table, int] = {}
         self._left: dict[Table, int] = {}
 
     def met(self, tables: Iterable[Table]) -> None:
-        """These had one just now."""
+        """COPY has just failed for one of these."""
         for table in tables:
-            self._left[table] = self.BATCHES
+            self._in_a_row[table] = self._in_a_row.get(table, 0) + 1
+            if self._in_a_row[table] >= self.IN_A_ROW:
+                self._left[table] = self.BATCHES
+
+    def missed(self, table: Table) -> None:
+        """All rows of a batch were new."""
+        if self._in_a_row:
+            self._in_a_row.pop(table, None)
+            self._left.pop(table, None)
 
     def expected(self, tables: Iterable[Table]) -> frozenset[Table]:
         """Those of `tables` that are likely to have conflicts; asked once a batch."""

@@ -126,11 +126,10 @@ class Transactions:
             copies = self._copies(connection, batch.translated, batch.dead_letters)
             for table, data in copies:
                 if table in merging:
-                    present[table.name] += natural_keys.send(
-                        cursor, statement + natural_keys.create(table), table, data
-                    )
+                    present[table.name] += self._merge(cursor, statement, table, data)
                 else:
                     copying.send(cursor, statement + copying.statement(table), data)
+                    self._conflicts.missed(table)
                 statement = sql.SQL("")
             if not copies:  # nothing but the ledger row, see `Ledger.lags`
                 cursor.execute(statement)
@@ -138,6 +137,13 @@ class Transactions:
         if batch.translated:
             self._breaker.stored()
         return stored
+
+    def _merge(self, cursor: Cursor, before: sql.Composable, table: Table, data: bytes) -> int:
+        """Returns how many rows were there already."""
+        present = natural_keys.send(cursor, before + natural_keys.create(table), table, data)
+        if not present and table.on_conflict == "nothing":
+            self._conflicts.missed(table)
+        return present
 
     def _prologue(self, batch: Batch) -> sql.Composable:
         bookkeeping = [

@@ -244,22 +244,47 @@ def test_a_key_of_all_columns_has_nothing_to_replace(house):
 # -- what is expected
 
 
-def test_after_a_conflict_copy_is_not_tried_for_a_while_and_then_again(house, sent):
-    house.sink.store(house.batch(messages([0])))
+def again_and_again(house, table):
+    """Two batches in a row with a conflict."""
+    for value in (0.0, 1.0, 2.0):
+        house.sink.store(house.batch([message(0, ("d", 0, value), table=table)]))
+
+
+@pytest.mark.parametrize("table", [NOTHING, UPDATE])
+def test_after_conflicts_in_a_row_copy_is_not_tried_for_a_while_and_then_again(house, sent, table):
+    again_and_again(house, table)
+    sent.clear()
+
+    for n in range(Conflicts.BATCHES + 1):
+        house.sink.store(house.batch([message(0, ("d", 0, 3.0 + n), table=table)]))
+
+    assert sent == ["staged"] * Conflicts.BATCHES + ["straight", "staged"]
+
+
+def test_a_batch_without_conflict_brings_copy_back(house, sent):
+    again_and_again(house, NOTHING)
+    sent.clear()
+
+    for n in (1, 2):
+        house.sink.store(house.batch(messages([n])))
+
+    assert sent == ["staged", "straight"]
+
+
+def test_after_a_conflict_now_and_then_copy_comes_first(house, sent):
     house.sink.store(house.batch(messages([0])))
     sent.clear()
 
-    for n in range(Conflicts.BATCHES + 2):
-        house.sink.store(house.batch(messages([n + 1])))
+    for n in (0, 1, 0, 2, 0, 3):
+        house.sink.store(house.batch(messages([n])))
 
-    assert sent == ["staged"] * Conflicts.BATCHES + ["straight"] * 2
+    assert sent == ["straight", "staged", "straight"] * 3
 
 
 def test_one_table_with_conflicts_does_not_slow_another_down(house, sent):
     house.sql("CREATE TABLE other (LIKE readings, PRIMARY KEY (device, metric, time))")
     other = Table("other", READINGS_COLUMNS, key=KEY)
-    house.sink.store(house.batch(messages([0])))
-    house.sink.store(house.batch(messages([0])))
+    again_and_again(house, NOTHING)
     sent.clear()
 
     house.sink.store(house.batch([*messages([1]), *messages([2], table=other)]))
