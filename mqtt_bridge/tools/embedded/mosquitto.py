@@ -1,19 +1,13 @@
-"""Finds Mosquitto, or on Debian and Ubuntu unpacks it: with apt's own tools into a cache folder, not into the system.
-
-The same way for root and for ordinary users: nothing is installed, hence no service is started, and nothing is left
-to uninstall but that folder. Elsewhere the error names the package to install.
-"""
+"""Finds Mosquitto, or on Debian and Ubuntu unpacks it (see `debian`). Elsewhere the error names what to install."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from mqtt_bridge.tools.embedded import debian
 from mqtt_bridge.tools.embedded.account import Account, EmbeddedServerError, cache_directory
 
 _PACKAGES = ("mosquitto", "mosquitto-clients")
@@ -25,8 +19,6 @@ _REMEDY = (
     "The MQTT broker Mosquitto is not there: apt-get install mosquitto mosquitto-clients; dnf install mosquitto; "
     "brew install mosquitto."
 )
-
-_APT_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +33,7 @@ class Mosquitto:
     @property
     def environment(self) -> tuple[str, ...]:
         """What stands before the command, as `env` takes it."""
-        return (f"LD_LIBRARY_PATH={':'.join(map(str, self.libraries))}",) if self.libraries else ()
+        return debian.environment(self.libraries)
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -66,7 +58,7 @@ def find_mosquitto(account: Account) -> Mosquitto:
         return installed
     target = cache_directory() / "mosquitto"
     if not target.exists():
-        _unpack(target)
+        debian.unpack(*_PACKAGES, into=target, remedy=_REMEDY)
     unpacked = _unpacked(target)
     if not _works(unpacked, account):
         raise EmbeddedServerError(f"{_REMEDY} The one unpacked in {target} does not run; remove that folder.")
@@ -88,63 +80,6 @@ def _works(mosquitto: Mosquitto, account: Account) -> bool:
     return account.can_run("/bin/sh", "-c", '"$0" "$@" -h >/dev/null 2>&1; [ $? -lt 126 ]', *mosquitto.command)
 
 
-def _unpack(target: Path) -> None:
-    """Download what apt says is missing for the broker, and unpack it into `target`, all or nothing."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise EmbeddedServerError(_REMEDY)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        fresh = Path(scratch) / "mosquitto"
-        fresh.mkdir(mode=0o755)
-        options = _apt_options(Path(scratch))
-        packages = _missing_packages(options)
-        _run(["apt-get", *options, "download", *packages], cwd=Path(scratch))
-        for package in Path(scratch).glob("*.deb"):
-            _run(["dpkg", "-x", str(package), str(fresh)], cwd=Path(scratch))
-        if not target.exists():
-            fresh.rename(target)
-
-
-def _missing_packages(options: list[str]) -> list[str]:
-    """What an installation would add, by apt's own simulation: names differ from release to release."""
-    simulate = ["apt-get", *options, "install", "--simulate", "--no-install-recommends", *_PACKAGES]
-    try:
-        plan = _run(simulate, cwd=Path("/"))
-    except EmbeddedServerError:  # no lists, as in fresh containers, or outdated ones
-        _run(["apt-get", *options, "-q", "update"], cwd=Path("/"))
-        plan = _run(simulate, cwd=Path("/"))
-    return sorted({*re.findall(r"^Inst (\S+)", plan, re.MULTILINE), *_PACKAGES})
-
-
-def _apt_options(scratch: Path) -> list[str]:
-    """Lists and downloads in our own folder: no root needed, the system's stay as they are."""
-    lists = scratch / "lists"
-    archives = scratch / "archives"
-    for folder in (lists, archives):
-        (folder / "partial").mkdir(parents=True)
-    settings = {
-        "Dir::State::Lists": str(lists),
-        "Dir::Cache::Archives": str(archives),
-        "Dir::Cache::pkgcache": "",
-        "Dir::Cache::srcpkgcache": "",
-        # Root's downloads would run as _apt, which cannot reach our folder.
-        "APT::Sandbox::User": "",
-    }
-    return [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
-
-
-def _run(command: list[str], *, cwd: Path) -> str:
-    try:
-        finished = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=_APT_TIMEOUT_S, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise EmbeddedServerError(f"{_REMEDY} {command[0]} could not fetch it: {error}.") from error
-    if finished.returncode:
-        raise EmbeddedServerError(f"{_REMEDY} {command[0]} could not fetch it: {finished.stderr.strip()}")
-    return finished.stdout
-
-
 def _unpacked(target: Path) -> Mosquitto:
-    libraries = {library.parent for library in target.rglob("*.so.*")}
     publisher = target / "usr/bin/mosquitto_pub"
-    return Mosquitto(target / "usr/sbin/mosquitto", publisher if publisher.exists() else None, tuple(sorted(libraries)))
+    return Mosquitto(target / "usr/sbin/mosquitto", publisher if publisher.exists() else None, debian.libraries(target))
