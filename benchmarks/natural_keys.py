@@ -94,7 +94,7 @@ class House:
         self._sink = Sink(self._connections, client_id="benchmark")
         self._claim = self._sink.open(create=True)
         self._workers = workers
-        self._rows = [_rows(number) for number in range(SIZE * batches)]
+        self._rows = [rows_of(number) for number in range(SIZE * batches)]
         self._numbers = 0
 
     def close(self) -> None:
@@ -155,7 +155,8 @@ class _Forgetful(Conflicts):
         pass
 
 
-def _rows(number: int) -> list[Row]:
+def rows_of(number: int) -> list[Row]:
+    """What the message of this number means."""
     device, time_us = f"device-{number % DEVICES}", NOW_US + number * 10_000
     return [(time_us, device, metric, 21.5 + number % 7, None) for metric in METRICS]
 

@@ -37,6 +37,11 @@ class PgBouncer(EmbeddedServer):
         self._settings = tuple(settings)
         self._program: tuple[str, ...] = ()
 
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None when it does not run."""
+        return self._guarded.pid
+
     def restart(self) -> None:
         """End it at once, with all connections, and start it on the same port."""
         self.stop()
