@@ -241,6 +241,24 @@ def test_a_key_of_all_columns_has_nothing_to_replace(house):
     assert house.sink.store(house.batch(batch)) == Stored({"seen": 2})
 
 
+@pytest.mark.parametrize("table", [NOTHING, UPDATE])
+def test_dead_letters_that_are_requeued_may_be_there_already(house, table):
+    house.sql("ALTER TABLE readings ADD CHECK (device <> 'bad')")
+    house.sink.store(house.batch(messages(range(0, 100, 3), table=table)))
+    again = [*messages(range(100), table=table), message(100, ("bad", 1, 1.0), table=table)]
+    present = Counter()
+
+    # As `dead-letters requeue` does: all that can be, in a transaction that was not tried in one piece before.
+    with house.connections.connection() as connection, connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        refused = house.sink._transactions.isolate(connection, cursor, again, present=present)
+        cursor.execute("COMMIT")
+
+    assert [int(one.payload) for (one, _), _ in refused] == [100]
+    assert present == {"readings": 34}
+    assert stored(house) == [("d", n, float(n)) for n in range(100)]
+
+
 # -- what is expected
 
 
