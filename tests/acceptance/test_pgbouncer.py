@@ -125,6 +125,13 @@ def test_options_in_the_connection_string_are_refused_by_pgbouncer_and_the_way_o
     assert "ignore_startup_parameters" in reasons[0]
 
 
+def test_a_pgbouncer_that_takes_too_few_clients_is_named(make_bridge, postgres_server, database, broker):
+    with PgBouncer(postgres_server, "transaction", settings=["max_client_conn = 2"]) as pooler:
+        bridge = make_bridge(pooler.dsn(database.rpartition("/")[2]), broker).start().wait_until_up()
+
+        wait_until(lambda: any("in pgbouncer.ini" in reason for reason in bridge.readyz()[1]), what="the reason")
+
+
 def test_in_statement_mode_nothing_is_stored_and_nothing_acknowledged(
     make_bridge, postgres_server, database, broker, site
 ):

@@ -15,6 +15,7 @@ from mqtt_bridge.natural_keys import Conflicts
 from mqtt_bridge.transactions import Stored
 from tests.integration.test_poison import CommitsInDoubt
 from tests.integration.test_sink import NOW_US, House, reading
+from tests.pgbouncer import PgBouncer
 from tests.waiting import wait_until
 
 KEY = ("device", "metric", "time")
@@ -395,6 +396,21 @@ def test_a_batch_with_conflicts_that_was_committed_is_not_stored_a_second_time(h
 
 @pytest.mark.parametrize("table", [NOTHING, UPDATE])
 def test_of_batches_side_by_side_with_the_same_keys_each_key_is_stored_once(house, table):
+    assert_stored_once(house, table)
+
+
+@pytest.mark.parametrize("table", [NOTHING, UPDATE])
+@pytest.mark.parametrize("connections", [1, 3])
+def test_the_same_behind_pgbouncer_in_transaction_mode(house, postgres_server, database, table, connections):
+    with PgBouncer(postgres_server, "transaction", settings=[f"default_pool_size = {connections}"]) as pooler:
+        behind = House(pooler.dsn(database.rpartition("/")[2]), observed_by=database, client_id="behind")
+        try:
+            assert_stored_once(behind, table)
+        finally:
+            behind.close()
+
+
+def assert_stored_once(house, table):
     numbers = list(range(300))
     batches = []
     for seed in range(12):

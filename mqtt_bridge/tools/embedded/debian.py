@@ -53,8 +53,11 @@ def _unpack(wanted: tuple[str, ...], target: Path) -> None:
         _run(["apt-get", *options, "download", *packages], cwd=Path(scratch))
         for package in Path(scratch).glob("*.deb"):
             _run(["dpkg", "-x", str(package), str(fresh)], cwd=Path(scratch))
-        if not target.exists():
+        try:
             fresh.rename(target)
+        except OSError:
+            if not target.exists():  # else another process was faster
+                raise
 
 
 def _missing_packages(wanted: tuple[str, ...], options: list[str]) -> list[str]:
