@@ -188,6 +188,38 @@ def test_a_row_that_copy_cannot_take_is_found_on_the_way_through_the_temporary_t
     assert [letter.message.payload for letter in result.refused] == [b"300", b"500", b"501"]
 
 
+def test_where_copy_into_the_temporary_table_names_the_line_few_statements_are_sent(house, sent):
+    again_and_again(house, NOTHING)  # so that it is the first that is tried
+    batch = messages(range(SIZE))
+    batch[300] = message(300, ("d", 300, None, "\0"))
+    sent.clear()
+
+    result = house.sink.store(house.batch(batch))
+
+    assert [letter.message.payload for letter in result.refused] == [b"300"]
+    # All, the 300 before it, itself, chunks of 64 and 128, the rest; the letter.
+    assert sent == ["staged"] * 6 + ["straight"]
+
+
+@pytest.mark.parametrize("on_conflict", ["nothing", "update"])
+def test_what_was_stored_among_bad_rows_is_not_stored_again_with_the_rows_behind_it(house, on_conflict):
+    house.sql(
+        "CREATE TABLE rooms (device text CHECK (device <> 'bad'), room text, value float8, UNIQUE (device, room))"
+    )
+    house.sql("INSERT INTO rooms VALUES ('d', 'hall', 0)")
+    table = Table("rooms", ("device", "room", "value"), key=("device", "room"), on_conflict=on_conflict)
+    batch = []
+    for n in range(100):
+        row = ("d", "hall", 0.0) if n == 0 else ("bad", None, 1.0) if n in (30, 60) else ("d", None, float(n))
+        batch.append((reading(n)[0], Translation("default", table, [row])))
+
+    result = house.sink.store(house.batch(batch))
+
+    assert result.rows == {"rooms": 97}
+    assert len(result.refused) == 2
+    assert house.sql("SELECT value FROM rooms ORDER BY 1") == [(float(n),) for n in range(100) if n not in (30, 60)]
+
+
 def test_another_unique_index_than_that_of_the_key_makes_dead_letters(house):
     house.sql("CREATE UNIQUE INDEX ON readings (value, time)")
     house.sink.store(house.batch(messages(range(10))))
