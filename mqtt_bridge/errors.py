@@ -238,6 +238,12 @@ _CONNECT_REMEDIES = (
     (r"too many connections for", "Raise the CONNECTION LIMIT of the role or database, or lower DB_POOL_SIZE."),
     (r"too many (clients|connections)|connection slots", "Raise max_connections on the server, or lower DB_POOL_SIZE."),
     (r"could not translate host name|name or service not known", "Correct the host in DATABASE_URL (or PGHOST)."),
+    ("no more connections allowed", "Raise max_client_conn in pgbouncer.ini, or lower DB_POOL_SIZE."),
+    (
+        "unsupported startup parameter",
+        "PgBouncer refuses what it does not know: leave `options` out of DATABASE_URL (and PGOPTIONS) and give the role"
+        " its settings with ALTER ROLE ... SET, or name it in ignore_startup_parameters of pgbouncer.ini.",
+    ),
     ("server does not support SSL", "Enable SSL on the server, or lower sslmode in DATABASE_URL (or PGSSLMODE)."),
     (r"certificate|SSL error", "Correct sslmode, sslrootcert, sslcert or sslkey in DATABASE_URL."),
     (r"invalid (connection option|integer value|URI|port)|invalid dsn", "Correct DATABASE_URL."),

@@ -9,6 +9,9 @@ Invariants: what the server says is a hint and never a verdict, a message is ref
 rows arrive in the order of their messages; all happens in the transaction of the caller, which holds afterwards what
 could be stored and nothing else.
 
+Rows that a natural key excludes are not at fault: a run that meets one, and all runs after it, go the way of
+`natural_keys`. On that way the server names no lines: it is halved.
+
 Cost for each message refused: three or four short round trips, or about log2(chunk) of them without a hint, and the
 rows of less than a chunk twice. A run that is stored costs a subtransaction.
 
@@ -18,13 +21,14 @@ Threads: none of its own; everything runs in the caller's, on its connection.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import psycopg2
 from psycopg2.extensions import cursor as Cursor
 
-from mqtt_bridge import copying
+from mqtt_bridge import copying, natural_keys
 from mqtt_bridge.errors import ROW_BUILDING, Failure, Verdict, classify
 from mqtt_bridge.model import Row, Table, Translated, Translation
 
@@ -45,20 +49,25 @@ def isolate(
     encode: Encode,
     *,
     error: Exception | None = None,
+    merging: frozenset[Table] = frozenset(),
+    present: Counter[str] | None = None,
 ) -> list[tuple[Translated, Failure]]:
     """Store what can be stored of `translated` in the open transaction; returns what cannot, in order, and why.
 
-    `error` is what came of trying all of them at once, if that was tried. An error that is not the fault of a row is
+    `error` is what came of trying all of them at once, if that was tried. `merging` are tables in which rows are
+    known to be there already; `present` counts such rows, by table. An error that is not the fault of a row is
     raised, and leaves the transaction to be rolled back.
     """
     by_server = isinstance(error, psycopg2.Error)  # then all of them could be encoded
     failures = {} if by_server else _unfit(translated, encode)
     indexes = [index for index, (_, means) in enumerate(translated) if means.rows and index not in failures]
-    runs = _Runs(cursor, [translated[index][1] for index in indexes], encode)
+    runs = _Runs(cursor, [translated[index][1] for index in indexes], encode, merging)
     seen = runs.refusal(error, 0, len(indexes)) if isinstance(error, psycopg2.Error) else None
     for index, failure in search(len(indexes), runs.store, seen=seen).items():
         failures[indexes[index]] = failure
     runs.close()
+    if present is not None:
+        present.update(runs.present)
     return [(translated[index], failures[index]) for index in sorted(failures)]
 
 
@@ -169,38 +178,66 @@ class _Search:
 class _Runs:
     """Copies any run of the messages, under a savepoint. What it takes to keep or undo one travels with the next."""
 
-    def __init__(self, cursor: Cursor, translations: Sequence[Translation], encode: Encode) -> None:
+    def __init__(
+        self, cursor: Cursor, translations: Sequence[Translation], encode: Encode, merging: frozenset[Table]
+    ) -> None:
         self._cursor = cursor
         self._translations = translations
         self._encode = encode
         tables = {translation.table for translation in translations}
         # Made once: the search may make thousands of runs.
         self._statements = {table: copying.statement(table).as_string(cursor) for table in tables}
-        self._before = _BEGIN
+        self._merging: frozenset[Table] = frozenset()
+        self._before = ""
+        self._merge(merging & tables)
+        self.present: Counter[str] = Counter()
+        """Rows that were there already, by table."""
+
+    def _merge(self, tables: frozenset[Table]) -> None:
+        """From now on rows go into these tables by way of others, which are made here, outside of any savepoint."""
+        making = "".join(natural_keys.create(table).as_string(self._cursor) for table in tables)
+        if making:
+            self._cursor.execute(self._before + making)
+            self._before = ""
+        self._merging |= tables
+        self._before += _BEGIN
 
     def store(self, start: int, stop: int) -> Refusal | None:
         """A `Store`."""
         copies = self._copies(start, stop)
+        present: Counter[str] = Counter()
         try:
-            for statement, data in copies:
-                copying.send(self._cursor, self._before + statement, data)
+            for table, data in copies:
+                present[table.name] += self._send(table, data)
                 self._before = ""
         except psycopg2.Error as error:
             refusal = self.refusal(error, start, stop)
             if refusal.failure.verdict not in AT_FAULT:
                 raise
             self._before = _UNDO
+            if found := natural_keys.in_conflict(error, self._statements) - self._merging:
+                self._before += _KEEP
+                self._merge(found)
+                return self.store(start, stop)
             return refusal
         self._before = _KEEP + _BEGIN
+        self.present += present
         return None
 
-    def _copies(self, start: int, stop: int) -> list[tuple[str, bytes]]:
+    def _send(self, table: Table, data: bytes) -> int:
+        if table in self._merging:
+            emptying = natural_keys.empty(table).as_string(self._cursor)
+            return natural_keys.send(self._cursor, self._before + emptying, table, data)
+        copying.send(self._cursor, self._before + self._statements[table], data)
+        return 0
+
+    def _copies(self, start: int, stop: int) -> list[tuple[Table, bytes]]:
         parts = by_table(self._translations[start:stop])
-        return [(self._statements[table], self._encode(table, rows)) for table, rows in parts.items()]
+        return [(table, self._encode(table, rows)) for table, rows in parts.items()]
 
     def close(self) -> None:
         """Leave the transaction fit for more."""
-        if self._before is _UNDO:
+        if self._before == _UNDO:
             self._cursor.execute(_UNDO)
 
     def refusal(self, error: psycopg2.Error, start: int, stop: int) -> Refusal:
@@ -213,7 +250,7 @@ class _Runs:
 
     def _at_line(self, context: str, start: int, stop: int) -> int | None:
         """The message whose row was at the line that the server names, counted from 1 in each table."""
-        lines = {table: line for table in self._statements if (line := line_of(context, table.name))}
+        lines = {table: line for table in self._statements if (line := line_of(context, self._name(table)))}
         for index in range(start, stop) if lines else ():
             _, table, rows, *_ = self._translations[index]
             if table in lines:
@@ -221,6 +258,9 @@ class _Runs:
                 if lines[table] <= 0:
                     return index
         return None
+
+    def _name(self, table: Table) -> str:
+        return natural_keys.staging(table) if table in self._merging else table.name
 
     def _with_key(self, detail: str, start: int, stop: int) -> int | None:
         """The first message with a row that has the key which the server names."""

@@ -92,7 +92,11 @@ METRICS: tuple[Declared, ...] = (
         "repair",
     ),
     Declared(
-        "mqtt_bridge_rows_stored_total", "counter", "Rows committed, by table.", lambda o: o.balance.rows, "table"
+        "mqtt_bridge_rows_stored_total",
+        "counter",
+        "Rows committed, by table: new ones, or changed by a route with a key.",
+        lambda o: o.balance.rows,
+        "table",
     ),
     Declared("mqtt_bridge_batches_total", "counter", "Batches settled.", lambda o: o.balance.batches),
     Declared(

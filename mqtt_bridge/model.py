@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mqtt_bridge.errors import Stage
 
@@ -85,6 +85,10 @@ class Table(NamedTuple):
 
     name: str
     columns: tuple[str, ...]
+    key: tuple[str, ...] = ()
+    """Columns of its natural key (see `natural_keys`); none where every row is a new one."""
+    on_conflict: Literal["nothing", "update"] = "nothing"
+    """What becomes of a row whose key is there already: it is left out, or it replaces the other."""
 
 
 READINGS_COLUMNS = ("time", "device", "metric", "value", "value_text")

@@ -2,6 +2,7 @@
 
 The first try is a COPY of everything, in one round trip with the ledger row. When a row is at fault the batch is
 taken apart in a second transaction (`isolation`), and every message that the server refuses becomes a dead letter.
+A row whose natural key is there already is not at fault: its batch goes again by way of `natural_keys`.
 
 Invariants: one transaction a try; the ledger row comes first, so a batch that an earlier try has committed shows
 itself before a row is written twice; a row at fault costs its message, never the batch.
@@ -11,16 +12,18 @@ Threads: the workers call `Transactions.run`, each with its own connection. The 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import psycopg2
 import structlog
 from psycopg2 import extensions, sql
 from psycopg2.extensions import cursor as Cursor
 
-from mqtt_bridge import copying, dead_letters, isolation, ownership, schema
+from mqtt_bridge import copying, dead_letters, isolation, natural_keys, ownership, schema
 from mqtt_bridge.breaker import Breaker
 from mqtt_bridge.connections import BridgeConnection
 from mqtt_bridge.errors import ROW_BUILDING, Failure, SinkError, classify
@@ -55,7 +58,8 @@ class Stored:
     """What a committed batch left in the database."""
 
     rows: dict[str, int] = field(default_factory=dict)
-    """Rows by table."""
+    """Rows by table: those that are new, or were changed. Where another process may have committed the batch, all of
+    them."""
     refused: tuple[DeadLetter, ...] = ()
     """Dead letters made here: messages whose rows the server refused."""
 
@@ -70,6 +74,7 @@ class Transactions:
         """Of this process: only while it is the newest does a transaction commit."""
         self._dead_letters = copying.encoder(dead_letters.TYPES)
         self._breaker = Breaker()
+        self._conflicts = natural_keys.Conflicts()
         # By the keys of a transaction whose COMMIT was sent and whose answer has not been seen: what it holds.
         self._in_doubt: dict[tuple[BatchKey, ...], Stored] = {}
 
@@ -79,7 +84,7 @@ class Transactions:
         `AlreadyCommitted` where one of several keys was committed before: only each alone can tell which.
         """
         try:
-            stored = self._store(connection, batch)
+            stored = self._store(connection, batch, self._conflicts.expected(_tables(batch)))
         except AlreadyCommitted:
             # That one of several keys is known proves something for all only if they were committed together.
             if batch.also and batch.keys not in self._in_doubt:
@@ -90,15 +95,19 @@ class Transactions:
             self._in_doubt.pop(keys, None)
         return stored
 
-    def _store(self, connection: BridgeConnection, batch: Batch) -> Stored:
+    def _store(self, connection: BridgeConnection, batch: Batch, merging: frozenset[Table]) -> Stored:
+        """Store a batch whose rows go into the tables of `merging` by way of others (see `natural_keys`)."""
         try:
-            return self._whole(connection, batch)
+            return self._whole(connection, batch, merging)
         except (psycopg2.Error, *ROW_BUILDING) as caught:
             error = caught
             if classify(error, connected=not connection.closed).verdict not in AT_FAULT:
                 raise
         _rollback(connection)
-        return self._take_apart(connection, batch, error)
+        if conflicting := natural_keys.in_conflict(error, _tables(batch)) - merging:
+            self._conflicts.met(conflicting)
+            return self._store(connection, batch, merging | conflicting)
+        return self._take_apart(connection, batch, error, merging)
 
     def _commit(self, connection: BridgeConnection, cursor: Cursor, batch: Batch, stored: Stored) -> Stored:
         """The point of no return: if no answer comes, only the ledger knows whether this happened."""
@@ -109,20 +118,32 @@ class Transactions:
 
     # -- all at once
 
-    def _whole(self, connection: BridgeConnection, batch: Batch) -> Stored:
+    def _whole(self, connection: BridgeConnection, batch: Batch, merging: frozenset[Table]) -> Stored:
+        present: Counter[str] = Counter()
         with connection.cursor() as cursor, _reading_the_ledger():
             # One string, one round trip: BEGIN, settings, ledger and the first COPY together.
             statement: sql.Composable = self._prologue(batch)
             copies = self._copies(connection, batch.translated, batch.dead_letters)
-            for copy, data in copies:
-                copying.send(cursor, statement + copy, data)
+            for table, data in copies:
+                if table in merging:
+                    present[table.name] += self._merge(cursor, statement, table, data)
+                else:
+                    copying.send(cursor, statement + copying.statement(table), data)
+                    self._conflicts.missed(table)
                 statement = sql.SQL("")
             if not copies:  # nothing but the ledger row, see `Ledger.lags`
                 cursor.execute(statement)
-            stored = self._commit(connection, cursor, batch, Stored(_count(batch.translated)))
+            stored = self._commit(connection, cursor, batch, Stored(_count(batch.translated, present)))
         if batch.translated:
             self._breaker.stored()
         return stored
+
+    def _merge(self, cursor: Cursor, before: sql.Composable, table: Table, data: bytes) -> int:
+        """Returns how many rows were there already."""
+        present = natural_keys.send(cursor, before + natural_keys.create(table), table, data)
+        if not present and table.on_conflict == "nothing":
+            self._conflicts.missed(table)
+        return present
 
     def _prologue(self, batch: Batch) -> sql.Composable:
         bookkeeping = [
@@ -133,21 +154,23 @@ class Transactions:
 
     def _copies(
         self, connection: BridgeConnection, translated: Sequence[Translated], letters: Sequence[DeadLetter]
-    ) -> list[tuple[sql.Composed, bytes]]:
-        """A COPY statement and its data for each table that is written to."""
+    ) -> list[tuple[Table, bytes]]:
+        """COPY data for each table that is written to."""
         copies = [
-            (copying.statement(table), self._encoder(connection, table)(rows))
+            (table, self._encoder(connection, table)(rows))
             for table, rows in by_table(translation for _, translation in translated).items()
         ]
         if letters:
             data = self._dead_letters([[dead_letters.row(letter, self._client_id) for letter in letters]])
-            copies.append((copying.statement(dead_letters.TABLE), data))
+            copies.append((dead_letters.TABLE, data))
         return copies
 
     def _encoder(self, connection: BridgeConnection, table: Table) -> copying.Encoder:
         if table not in connection.encoders:
             # The check first: a change in between is then seen by it.
             connection.checks[table.name] = self._make_check(connection, table)
+            if table.key:
+                natural_keys.verify(connection, table)
             connection.encoders[table] = self._make_encoder(connection, table)
         return connection.encoders[table]
 
@@ -170,22 +193,25 @@ class Transactions:
 
     # -- taken apart
 
-    def _take_apart(self, connection: BridgeConnection, batch: Batch, error: Exception) -> Stored:
+    def _take_apart(
+        self, connection: BridgeConnection, batch: Batch, error: Exception, merging: frozenset[Table]
+    ) -> Stored:
         """Store all that can be stored, and make dead letters of the messages that the server refuses."""
         with connection.cursor() as cursor, _reading_the_ledger():
             # Immediate, since a deferred constraint would fail at COMMIT, naming no row.
             cursor.execute(self._prologue(batch) + sql.SQL("SET CONSTRAINTS ALL IMMEDIATE"))
-            refused = self.isolate(connection, cursor, batch.translated, error=error)
+            present: Counter[str] = Counter()
+            refused = self.isolate(connection, cursor, batch.translated, error=error, merging=merging, present=present)
             self._pause_if_the_database_is_at_fault(batch, refused)
             letters = [
                 DeadLetter(message, translation.route, "store", failure.sentence, failure.sqlstate)
                 for (message, translation), failure in refused
             ]
-            for copy, data in self._copies(connection, [], [*batch.dead_letters, *letters]):
-                copying.send(cursor, copy, data)
+            for table, data in self._copies(connection, [], [*batch.dead_letters, *letters]):
+                copying.send(cursor, copying.statement(table), data)
             lost = {id(translated) for translated, _ in refused}
             kept = [translated for translated in batch.translated if id(translated) not in lost]
-            return self._commit(connection, cursor, batch, Stored(_count(kept), tuple(letters)))
+            return self._commit(connection, cursor, batch, Stored(_count(kept, present), tuple(letters)))
 
     def isolate(
         self,
@@ -194,10 +220,17 @@ class Transactions:
         translated: Sequence[Translated],
         *,
         error: Exception | None = None,
+        merging: frozenset[Table] = frozenset(),
+        present: Counter[str] | None = None,
     ) -> list[tuple[Translated, Failure]]:
         """Store what can be stored of `translated`; returns what cannot. See `isolation.isolate`."""
         return isolation.isolate(
-            cursor, translated, lambda table, parts: self._encoder(connection, table)(parts), error=error
+            cursor,
+            translated,
+            lambda table, parts: self._encoder(connection, table)(parts),
+            error=error,
+            merging=merging,
+            present=present,
         )
 
     def _pause_if_the_database_is_at_fault(self, batch: Batch, refused: Sequence[tuple[Translated, Failure]]) -> None:
@@ -240,6 +273,13 @@ def _rollback(connection: BridgeConnection) -> None:
             cursor.execute("ROLLBACK")
 
 
-def _count(translated: Sequence[Translated]) -> dict[str, int]:
-    tables = by_table(translation for _, translation in translated)
-    return {table.name: sum(map(len, parts)) for table, parts in tables.items()}
+def _tables(batch: Batch) -> Iterator[Table]:
+    return (translation.table for _, translation in batch.translated)
+
+
+def _count(translated: Sequence[Translated], present: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
+    """Rows by table, less those that were `present`; a table stays, though none of its rows was new."""
+    counts: Counter[str] = Counter()
+    for table, parts in by_table(translation for _, translation in translated).items():
+        counts[table.name] += sum(map(len, parts))
+    return {name: count - present.get(name, 0) for name, count in counts.items()}

@@ -952,5 +952,7 @@ MET_ELSEWHERE = {
     "timeout expired",
     "certificate verify failed",
     "the database system is shutting down",
+    "no more connections allowed (max_client_conn)",
+    "unsupported startup parameter: options",
 }
 """Sentences that tests with a story of their own wait for."""

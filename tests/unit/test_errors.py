@@ -150,6 +150,8 @@ TEXTS = [
     ('FATAL:  role "x" is not permitted to log in', "LOGIN"),
     ('FATAL:  no pg_hba.conf entry for host "10.0.0.1", user "u", database "d", no encryption', "pg_hba.conf"),
     ("FATAL:  sorry, too many clients already", "DB_POOL_SIZE"),
+    ("FATAL:  no more connections allowed (max_client_conn)", "pgbouncer.ini"),
+    ("FATAL:  unsupported startup parameter: options", "ignore_startup_parameters"),
     ("FATAL:  remaining connection slots are reserved for roles with the SUPERUSER attribute", "DB_POOL_SIZE"),
     ('could not translate host name "x" to address: Name or service not known', "PGHOST"),
     ("server does not support SSL, but SSL was required", "PGSSLMODE"),

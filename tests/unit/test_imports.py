@@ -43,7 +43,7 @@ TABLE = [
         "batches",
         "diversion",
     ],
-    ["sink", "transactions", "isolation", "connections", "copying", "spool", "routes", "schema"],
+    ["sink", "transactions", "isolation", "natural_keys", "connections", "copying", "spool", "routes", "schema"],
     ["decoders", "acks", "ownership", "ledger", "retained", "dead_letters", "membership", "settings", "dsn"],
     [
         "topics",
