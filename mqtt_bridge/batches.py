@@ -15,13 +15,16 @@ import structlog
 
 from mqtt_bridge.errors import MessageError
 from mqtt_bridge.ledger import Entry
-from mqtt_bridge.model import DeadLetter, Message, Tally, Translation
+from mqtt_bridge.model import DeadLetter, Message, Table, Tally, Translation
 from mqtt_bridge.transactions import Batch
 
 log = structlog.get_logger(__name__)
 
 TRANSACTION_ROWS = 50_000
 """A batch of messages with very many values is stored in several transactions of about so many rows."""
+
+
+_UNWANTED = Translation("", Table("", ()), (), "retained")
 
 
 class Translator(Protocol):
@@ -77,11 +80,8 @@ class Batches:
     def _add(self, message: Message, work: Work) -> int:
         """Add one message to `work`; how many rows it has. One that is ignored is only counted, in the tally."""
         work.messages.append(message)
-        if message.unwanted:
-            work.tally.ignore("retained")
-            return 0
         try:
-            translation = self._translator.translate(message, work.tally)
+            translation = self._translator.translate(message, work.tally) if not message.unwanted else _UNWANTED
         except MessageError as error:
             work.dead_letters.append(DeadLetter(message, error.route, error.stage, error.reason))
             return 0
@@ -90,8 +90,8 @@ class Batches:
             reason = f"unforeseen {type(error).__name__}: {error}"
             work.dead_letters.append(DeadLetter(message, None, "decode", reason))
             return 0
-        if translation.ignored is None:
-            work.translated.append((message, translation))
-        else:
+        if translation.ignored is not None:
             work.tally.ignore(translation.ignored)
+            return 0
+        work.translated.append((message, translation))
         return len(translation.rows)

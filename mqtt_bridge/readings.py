@@ -27,6 +27,8 @@ _LENGTH = struct.Struct(">i")
 _NUMBER = struct.Struct(">idi")
 _DOUBLE = struct.Struct(">d")
 
+pack_time = _HEAD.pack
+"""The first field of a row, and the number of them all: `pack_time(5, 8, time_us - EPOCH_US)`."""
 number = _NUMBER.pack
 """The last two fields of a row with a number: `number(8, value, -1)`."""
 

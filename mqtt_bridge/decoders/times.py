@@ -43,7 +43,10 @@ def take(document: dict[str, Any], received_us: int, repairs: list[Repair]) -> i
     unusable = False
     for key in KEYS:
         if (value := document.get(key)) is not None:
-            time_us = parse(value)
+            if type(value) is int and _MILLISECONDS <= value < _MICROSECONDS:  # what most devices send
+                time_us: int | None = value * 1000
+            else:
+                time_us = parse(value)
             if time_us is not None and EARLIEST_US <= time_us <= received_us + MAX_AHEAD_US:
                 del document[key]
                 return time_us
@@ -68,8 +71,6 @@ def parse(value: Any) -> int | None:
 
 def _from_number(number: int | float) -> int | None:
     """Seconds, milli-, micro- or nanoseconds: a plausible time lies in one unit's range only."""
-    if type(number) is int and _MILLISECONDS <= number < _MICROSECONDS:  # what most devices send
-        return number * 1000
     if not 0 <= number < 1e20:  # also false for NaN
         return None
     if number < _MILLISECONDS:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mqtt_bridge import readings
 from mqtt_bridge.decoders.text import HUGE
 from mqtt_bridge.errors import MessageError
-from mqtt_bridge.readings import Readings
+from mqtt_bridge.readings import EPOCH_US, Readings, pack_time
 
 Repair = Literal["nan_skipped", "nul_removed", "time_replaced"]
 """One thing that was changed or left out in a message; named like its count in `Tally`."""
@@ -56,7 +56,7 @@ class Narrow:
             self._add_all(document, "", 1, rows, repairs)
         else:
             self._add_items(((self._metric, document),), "", 1, rows, repairs)
-        head = readings.head(time_us, self._device)
+        head = pack_time(5, 8, time_us - EPOCH_US) + self._device
         return Readings(len(rows), head + head.join(rows) if rows else b"")
 
     def _add_all(self, node: Any, prefix: str, depth: int, rows: list[bytes], repairs: list[Repair]) -> None:
