@@ -47,6 +47,7 @@ BARRIER_EVERY_S = 1.0
 BARRIER_EVERY_ACKS = 2_048
 """Without waiting for the last answer, which is queued behind as much as the broker has sent: what is unproven grows by
 no more than that, and this."""
+LITTLE_BYTES = 8_192
 PART_PAUSE_S = 0.1
 SESSION_WAIT_S = 5.0
 """How long SUBSCRIBE waits for the database to learn that the session was lost."""
@@ -74,6 +75,10 @@ class Inbox(Protocol):
     @property
     def session_to_raise(self) -> int | None:
         """A lost session that the database does not know of yet."""
+
+    @property
+    def rest_s(self) -> float:
+        """How long to rest after a read that brought little; 0 unless it is busy."""
 
 
 class _Barrier(NamedTuple):
@@ -202,6 +207,8 @@ class BrokerConnection:
     def step(self, timeout_s: float) -> bool:
         """Read and write what is there, waiting `timeout_s` for it; False when the connection has ended."""
         rc = self._client.loop(timeout_s)
+        if 0 < self._client.take_received() < LITTLE_BYTES and (rest_s := self._inbox.rest_s):
+            time.sleep(rest_s)  # for more to come together
         if rc == MQTTErrorCode.MQTT_ERR_PROTOCOL and self._connected_s is not None and self.problem is None:
             self._on_malformed(MalformedPublish("a packet that paho-mqtt does not accept"))
         if rc != MQTTErrorCode.MQTT_ERR_SUCCESS or self.garbled:

@@ -65,6 +65,7 @@ class FastClient(mqtt.Client):
         self._reader = PublishReader(is_v5=self._protocol == MQTTProtocolVersion.MQTTv5)
         self._begun = bytearray()  # a packet that is not complete yet
         self._parting = False
+        self._received = 0
         self._missing = 0  # how much of it is still to come, at least
         # paho 2.0 and 2.1 call it by the second name.
         self._last_in = "_last_bytes_received" if hasattr(self, "_last_bytes_received") else "_last_msg_in"
@@ -73,6 +74,11 @@ class FastClient(mqtt.Client):
         """Queue the PUBACKs of these, in this order, as one write."""
         packets = struct.pack(f">{len(packet_ids)}I", *[_PUBACK | packet_id for packet_id in packet_ids])
         self._packet_queue(PacketTypes.PUBACK << 4, packets, 0, 1)
+
+    def take_received(self) -> int:
+        """Bytes received since this was asked last."""
+        received, self._received = self._received, 0
+        return received
 
     def part(self) -> None:
         """Queue DISCONNECT, and from now on throw away what comes.
@@ -99,6 +105,7 @@ class FastClient(mqtt.Client):
             if not data:
                 return MQTTErrorCode.MQTT_ERR_CONN_LOST
             self._note_sign_of_life()
+            self._received += len(data)
             rc = MQTTErrorCode.MQTT_ERR_SUCCESS if self._parting else self._read(data)
             if rc != MQTTErrorCode.MQTT_ERR_SUCCESS or self._sock is None:
                 return rc

@@ -51,7 +51,7 @@ SWEEP = 2_000
 """What is out of reach is forgotten each time so many positions have passed: REACH + SWEEP is below half a lap too,
 so what a restarted process finds in the database is never further away than a distance can tell."""
 
-PRUNE_AT_ONCE = 500
+PRUNE_AT_ONCE = 100
 """Ledger rows deleted by one batch at most, to keep its statement small."""
 
 Redelivery = Literal["marked", "unmarked", "renumbered"]

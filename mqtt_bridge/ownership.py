@@ -9,9 +9,10 @@ Threads: none of its own. Every function is given a connection, or makes SQL for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 
 import psycopg2
 from psycopg2 import sql
@@ -268,8 +269,19 @@ def statements(client_id: str, entry: Entry, *, owner_epoch: int) -> sql.Composa
 
 
 def _pruning(client_id: str, keys: Iterable[BatchKey]) -> sql.Composed:
-    pairs = sql.SQL(", ").join(sql.SQL("({}, {})").format(sql.Literal(e), sql.Literal(b)) for e, b in keys)
-    return _PRUNE.format(client_id=sql.Literal(client_id), keys=pairs)
+    spans = [
+        _SPAN.format(sql.Literal(owner_epoch), sql.Literal(first), sql.Literal(last))
+        for owner_epoch, first, last in _spans(keys)
+    ]
+    return _PRUNE.format(client_id=sql.Literal(client_id), spans=sql.SQL(" OR ").join(spans))
+
+
+def _spans(keys: Iterable[BatchKey]) -> Iterator[tuple[int, int, int]]:
+    """The keys as owner epoch, first and last batch without a gap: nearly always a single one."""
+    # Keys that follow each other are as far from their index as their neighbours.
+    for (owner_epoch, _), group in groupby(enumerate(sorted(keys)), lambda item: (item[1][0], item[1][1] - item[0])):
+        batches = [key.batch for _, key in group]
+        yield owner_epoch, batches[0], batches[-1]
 
 
 def prune(connection: Connection, client_id: str, keys: Sequence[BatchKey]) -> None:
@@ -287,7 +299,8 @@ _WRITE = sql.SQL(
     "(SELECT client_id FROM mqtt_bridge.owners WHERE client_id = {client_id} AND owner_epoch = {current_epoch}),"
     " {owner_epoch}, {batch}, {session_epoch}, {first_position}, {entries});"
 )
-_PRUNE = sql.SQL("DELETE FROM mqtt_bridge.ledger WHERE client_id = {client_id} AND (owner_epoch, batch) IN ({keys});")
+_PRUNE = sql.SQL("DELETE FROM mqtt_bridge.ledger WHERE client_id = {client_id} AND ({spans});")
+_SPAN = sql.SQL("(owner_epoch = {} AND batch BETWEEN {} AND {})")
 
 
 def refuse_if(condition: sql.Composable, client_id: str) -> sql.Composable:

@@ -32,6 +32,7 @@ from mqtt_bridge.dead_letter_share import DeadLetterShare
 from mqtt_bridge.errors import Fenced
 from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
 from mqtt_bridge.model import DeadLetter, Message, Run
+from mqtt_bridge.pace import Pace
 from mqtt_bridge.sink import Stopped
 from mqtt_bridge.transactions import Batch, Stored
 
@@ -42,6 +43,8 @@ MESSAGE_OVERHEAD = 570
 with tracemalloc on CPython 3.11, x86-64."""
 BATCH_BYTES = 8 << 20
 """A batch ends early when its payloads exceed this, so that large messages do not make huge transactions."""
+LONGEST_REST_S = 0.001
+"""Of the network thread, after it has received little while much is coming: waking up costs more than a message."""
 CROWDED = 0.8
 """The share of the queue from which on there is no time to wait for a database that fails, if there is a spool."""
 
@@ -123,6 +126,7 @@ class Pipeline:
         self._owed = 0  # those of them that are QoS 1
         self._owed_bytes = 0
         self._account = Account()
+        self._pace = Pace()
         self._complaint = Complaint()
         self._share = DeadLetterShare()
         self._ledger = ledger
@@ -297,6 +301,11 @@ class Pipeline:
         limits = self._limits
         return self._held >= CROWDED * limits.queue_size or self._held_bytes >= CROWDED * limits.queue_bytes
 
+    @property
+    def rest_s(self) -> float:
+        """How long the network thread may rest after it has received next to nothing, for more to come together."""
+        return LONGEST_REST_S * self._pace.busy
+
     def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until there is room again; False when that takes longer than `timeout_s`."""
         with self._lock:
@@ -341,6 +350,7 @@ class Pipeline:
 
     def _linger(self) -> None:
         """Give a small batch until `batch_wait_s` after its first message to grow."""
+        self._pace.note(self._account.received)
         wait_s = max(self._limits.batch_wait_s, self._linger_s())
         while self._queue and len(self._queue) < self._limits.batch_size and not (self._draining or self._stopped):
             left_s = wait_s - (self._clock_us() - self._queue[0].received_us) / 1e6

@@ -254,6 +254,8 @@ class ScriptedBroker:
             self._send(connection, _packet(PINGRESP, b""))
         elif kind == DISCONNECT:
             self.record.disconnects.append(body[0] if body else 0)
+            if not self.silent:
+                _shut(connection)  # as a broker must (MQTT 5, section 3.14.4)
 
     def _on_connect(self, connection: socket.socket, body: bytes) -> None:
         connect = _parse_connect(body)

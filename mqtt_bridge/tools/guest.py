@@ -24,6 +24,7 @@ class _Discard:
     """An inbox that wants nothing."""
 
     session_to_raise = None
+    rest_s = 0.0
 
     def connected(self, *, session_present: bool, send_acks: SendAcks) -> None:
         """Nothing to prepare."""

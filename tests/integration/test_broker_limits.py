@@ -35,6 +35,7 @@ class Inbox:
     topics: list[bytes] = field(default_factory=list)
     full = False
     session_to_raise = None
+    rest_s = 0.0
 
     def connected(self, **_: object) -> None: ...
 

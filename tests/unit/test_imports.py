@@ -50,6 +50,7 @@ TABLE = [
         "metrics",
         "account",
         "rates",
+        "pace",
         "complaints",
         "last_resort",
         "breaker",
