@@ -40,6 +40,7 @@ class Received:
     publishes: list[Publish] = field(default_factory=list)
     runs: int = 0
     session_to_raise = None
+    rest_s = 0.0
 
     def connected(self, *, session_present: bool, send_acks: SendAcks) -> None:
         pass
