@@ -130,7 +130,15 @@ class Claim:
 
 def fingerprint(topic: bytes, payload: bytes, *, retain: bool) -> bytes:
     """Eight stable bytes of what does not change when a message is delivered again."""
-    return blake2b(topic + (b"\x01" if retain else b"\x00") + payload, digest_size=8).digest()
+    return fingerprints([topic], [payload], retain=retain)[0]
+
+
+def fingerprints(topics: Sequence[bytes], payloads: Sequence[bytes], *, retain: bool) -> list[bytes]:
+    """Those of a run."""
+    flag, digest = (b"\x01" if retain else b"\x00"), blake2b
+    return [
+        digest(topic + flag + payload, digest_size=8).digest() for topic, payload in zip(topics, payloads, strict=True)
+    ]
 
 
 _GAP = bytes(8)

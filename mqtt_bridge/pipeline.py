@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import itemgetter
 from typing import Protocol
 
@@ -30,7 +31,7 @@ from mqtt_bridge.batches import Batches, Work
 from mqtt_bridge.complaints import Complaint
 from mqtt_bridge.dead_letter_share import DeadLetterShare
 from mqtt_bridge.errors import Fenced
-from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprint
+from mqtt_bridge.ledger import BatchKey, Entry, Ledger, Seen, fingerprints
 from mqtt_bridge.model import DeadLetter, Message, Run
 from mqtt_bridge.pace import Pace
 from mqtt_bridge.sink import Stopped
@@ -209,7 +210,7 @@ class Pipeline:
             self._receive_unacknowledged([self._message(run, index, now_us) for index in range(len(run.topics))])
             return
         retain = run.retain
-        marks = [fingerprint(t, p, retain=retain) for t, p in zip(run.topics, run.payloads, strict=True)]
+        marks = fingerprints(run.topics, run.payloads, retain=retain)
         if retain or not self._receive_plain(run, marks, now_us):
             for index, mark in enumerate(marks):
                 self._receive_one(self._message(run, index, now_us), run.packet_ids[index], mark, dup=run.dup)
@@ -359,12 +360,13 @@ class Pipeline:
                 return
 
     def _pop(self) -> list[Message]:
-        messages: list[Message] = []
-        size_bytes = 0
-        while self._queue and len(messages) < self._limits.batch_size and size_bytes < BATCH_BYTES:
-            message = self._queue.popleft()
-            size_bytes += len(message.payload)
-            messages.append(message)
+        take = self._queue.popleft
+        messages = [take() for _ in range(min(len(self._queue), self._limits.batch_size))]
+        if sum(map(len, map(_PAYLOAD, messages))) > BATCH_BYTES:
+            sizes = accumulate(map(len, map(_PAYLOAD, messages)))
+            count = 1 + sum(size < BATCH_BYTES for size in sizes)
+            self._queue.extendleft(reversed(messages[count:]))
+            del messages[count:]
         return messages
 
     def _process(self, messages: list[Message]) -> None:

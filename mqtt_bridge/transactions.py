@@ -31,6 +31,7 @@ from mqtt_bridge.isolation import AT_FAULT, by_table
 from mqtt_bridge.ledger import BatchKey, Entry
 from mqtt_bridge.model import READINGS_COLUMNS, DeadLetter, Message, Table, Translated
 from mqtt_bridge.ownership import AlreadyCommitted
+from mqtt_bridge.readings import Readings
 
 log = structlog.get_logger(__name__)
 
@@ -281,5 +282,5 @@ def _count(translated: Sequence[Translated], present: Mapping[str, int] = Mappin
     """Rows by table, less those that were `present`; a table stays, though none of its rows was new."""
     counts: Counter[str] = Counter()
     for table, parts in by_table(translation for _, translation in translated).items():
-        counts[table.name] += sum(map(len, parts))
+        counts[table.name] += sum([part.size if type(part) is Readings else len(part) for part in parts])
     return {name: count - present.get(name, 0) for name, count in counts.items()}

@@ -52,7 +52,11 @@ class Narrow:
         """The rows of a document; MessageError when it has too many values, too many levels or too long a name."""
         rows: list[bytes] = []
         kind = type(document)
-        if kind is dict or kind is list:
+        if kind is dict and len(document) <= self._max_values:  # nearly always, and a call less
+            self._add_items(document.items(), "", 1, rows, repairs)
+            if len(rows) > self._max_values:
+                raise self._too_many_values()
+        elif kind is dict or kind is list:
             self._add_all(document, "", 1, rows, repairs)
         else:
             self._add_items(((self._metric, document),), "", 1, rows, repairs)
