@@ -30,6 +30,12 @@ from mqtt_bridge.topics import TopicPattern, covering, covers, overlaps
 MAX_QUEUE_SIZE = 30_000
 """Most messages that may be unacknowledged: beyond it the distance between two 16-bit packet ids is ambiguous."""
 
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _LOWER = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 _SPLIT = BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
 
@@ -46,7 +52,13 @@ class Settings(BaseModel):
     bridge_routes: str | None = Field(
         None, description="Routes file (TOML) or preset:NAME; unset, MQTT_TOPICS says what to store."
     )
-    bridge_workers: int = Field(2, ge=1, le=64, description="Threads that store batches.")
+    bridge_workers: int = Field(
+        default_factory=lambda: 3 if _cores() >= 4 else 2,
+        ge=1,
+        le=64,
+        description="Threads that store batches.",
+        json_schema_extra={"default": "2, on four cores or more 3"},
+    )
     bridge_batch_size: int = Field(2000, ge=1, le=MAX_QUEUE_SIZE, description="Most messages in one transaction.")
     bridge_batch_wait_ms: int = Field(
         5, ge=0, le=60_000, description="Milliseconds a batch waits for more messages before it is stored."
