@@ -251,8 +251,10 @@ class BrokerConnection:
         """Whether the broker is known to have seen every acknowledgement that was sent."""
         return not self._acks.unproven
 
-    def part(self, timeout_s: float, *, pause: Callable[[float], object]) -> None:
+    def part(self, timeout_s: float, *, pause: Callable[[float], bool]) -> None:
         """Say goodbye, and wait for the broker to hang up, at most `timeout_s`: it then has read what was sent.
+
+        `pause` waits for so long, and may say that there is no time for more.
 
         Cut off with unread data in the socket, it would forget every acknowledgement that it has not read yet. What
         it goes on sending is not taken in, and looked at now and then only: a broker that cannot write has the more
@@ -263,7 +265,8 @@ class BrokerConnection:
         deadline_s = self._clock() + timeout_s
         ended = self._client.loop_write()
         while not ended and self._client.socket() is not None and self._clock() < deadline_s:
-            pause(PART_PAUSE_S)
+            if pause(PART_PAUSE_S):
+                return
             ended = self._client.loop_read() or self._client.loop_write()
 
     def leave(self) -> None:

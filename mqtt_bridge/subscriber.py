@@ -36,6 +36,8 @@ from mqtt_bridge.settings import Settings
 log = structlog.get_logger(__name__)
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0
+SETTLE_UP_S = 30.0
+"""Longest that a connection is given to be ended in order, however long the keepalive is."""
 TICK_S = 0.25
 """How long the thread sleeps at most while nothing arrives: barriers and timeouts are looked after this often."""
 STEADY_S = 5.0
@@ -354,13 +356,18 @@ class Subscriber:
         """
         connection.stop_taking_in()
         # Mosquitto reads one packet of a client at a time, and may send thousands of messages for each of them.
-        deadline_s = time.monotonic() + self._settings.mqtt_keepalive_s / 2
+        deadline_s = time.monotonic() + min(self._settings.mqtt_keepalive_s / 2, SETTLE_UP_S)
         while self._acks.unacknowledged and time.monotonic() < deadline_s and not self._stop.is_set():
             self.turns += 1
             self._inbox.wait_until_settled(0.05)
             if not connection.step_without_reading():
                 return
-        connection.part(max(0.0, deadline_s - time.monotonic()), pause=self._stop.wait)
+        connection.part(max(0.0, deadline_s - time.monotonic()), pause=self._pause)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait, and be seen to be alive; True when there is no time for it any more."""
+        self.turns += 1
+        return self._stop.wait(seconds)
 
     # -- backpressure
 
