@@ -415,13 +415,16 @@ class BrokerConnection:
     def _on_unsubscribe(self, _c: object, _u: object, packet_id: int, reasons: list[ReasonCode], _p: Any) -> None:
         if packet_id == self._unsuback_for:
             self._note_unsubscribed(reasons)
-        if self._barriers and self._barriers[0].packet_id == packet_id:
+        if not any(barrier.packet_id == packet_id for barrier in self._barriers):
+            return
+        barrier = self._barriers.popleft()
+        while barrier.packet_id != packet_id:  # sent earlier, answered later: what this one proves holds for it as well
             barrier = self._barriers.popleft()
-            self._inbox.prove(self._acks.prove(barrier.mark))
-            if barrier.probes and self._takes_in:  # else there may be more at the broker than was counted here
-                self._retained.probed(self._acks.outstanding)
-            self._proven = barrier.mark
-            self._barrier_s = self._clock()
+        self._inbox.prove(self._acks.prove(barrier.mark))
+        if barrier.probes and self._takes_in:  # else there may be more at the broker than was counted here
+            self._retained.probed(self._acks.outstanding)
+        self._proven = barrier.mark
+        self._barrier_s = self._clock()
 
 
 def wire_filters(settings: Settings, filters: Sequence[str]) -> list[str]:

@@ -188,7 +188,11 @@ class Member:
 
     def _live(self) -> int:
         """Start a process and stay with it to its end; the exit code."""
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            log.error("a process of the bridge cannot be started", client_id=self.client_id, error=str(error))
+            return 1
         with ours:
             with theirs:
                 try:

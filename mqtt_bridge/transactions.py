@@ -101,14 +101,18 @@ class Transactions:
         try:
             return self._whole(connection, batch, merging)
         except (psycopg2.Error, *ROW_BUILDING) as caught:
-            error = caught
-            if classify(error, connected=not connection.closed).verdict not in AT_FAULT:
+            if classify(caught, connected=not connection.closed).verdict not in AT_FAULT:
                 raise
-        _rollback(connection)
-        if conflicting := natural_keys.in_conflict(error, _tables(batch)) - merging:
-            self._conflicts.met(conflicting)
-            return self._store(connection, batch, merging | conflicting)
-        return self._take_apart(connection, batch, error, merging)
+            error = caught
+        try:
+            _rollback(connection)
+            if conflicting := natural_keys.in_conflict(error, _tables(batch)) - merging:
+                self._conflicts.met(conflicting)
+                return self._store(connection, batch, merging | conflicting)
+            return self._take_apart(connection, batch, error, merging)
+        finally:
+            # An error knows this frame, and the data of the batch; kept here it would be a cycle, and stay for long.
+            del error
 
     def _commit(self, connection: BridgeConnection, cursor: Cursor, batch: Batch, stored: Stored) -> Stored:
         """The point of no return: if no answer comes, only the ledger knows whether this happened."""

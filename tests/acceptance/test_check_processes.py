@@ -20,6 +20,7 @@ def check(tmp_path, database, broker):
             "MQTT_CLIENT_ID": "hall",
             "HTTP_PORT": 0,
             "BRIDGE_PROCESSES": 2,
+            "BRIDGE_WORKERS": 2,
         }
         return run_command(tmp_path, "check", *options, **(usual | settings))
 
