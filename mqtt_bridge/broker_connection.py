@@ -289,6 +289,9 @@ class BrokerConnection:
     def _on_connect(
         self, _c: object, _u: object, flags: mqtt.ConnectFlags, reason: ReasonCode, properties: Any
     ) -> None:
+        if self._connected_s is not None:  # acknowledgements would be counted anew, beneath the barriers under way
+            self._on_malformed(MalformedPublish("a second CONNACK"))
+            return
         if reason.is_failure:
             self.problem = explain_refusal(str(reason))
             return

@@ -728,6 +728,16 @@ def test_a_connection_that_is_out_of_reach_is_ended_when_all_of_it_is_acknowledg
         assert packets[:6] == [CONNECT, PUBACK, PUBACK, PUBACK, DISCONNECT, CONNECT]
 
 
+def test_a_second_connack_ends_the_connection(scripted, start_rig):
+    rig = start_rig(scripted.port)
+    rig.wait_until_subscribed()
+
+    scripted.send_raw(b"\x20\x03\x00\x00\x00")
+
+    assert "a second CONNACK" in rig.wait_for_problem()
+    scripted.wait_for_connect(2)
+
+
 def test_connections_leave_no_file_descriptor_behind(scripted, start_rig):
     scripted.answer = Answer(reason=0x88)  # server unavailable
     port_of_nobody = free_port()
